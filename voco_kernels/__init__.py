@@ -1,0 +1,22 @@
+"""Block-sparse VoCo attention and the K/V path of two-stage VoCo-LLaMA inference (arXiv 2406.12275)."""
+
+from .attention import voco_attention
+from .backends import BackendStatus, backend_status
+from .draw import draw
+from .kv_cache import VocoKV, extract_kv, inject_kv
+from .layout import Image, Text, VocoLayout
+from .version import __version__
+
+__all__ = [
+    "BackendStatus",
+    "Image",
+    "Text",
+    "VocoKV",
+    "VocoLayout",
+    "__version__",
+    "backend_status",
+    "draw",
+    "extract_kv",
+    "inject_kv",
+    "voco_attention",
+]

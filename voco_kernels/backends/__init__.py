@@ -1,0 +1,52 @@
+"""Which backends there are, and which one serves a call.
+
+A backend module is imported when it is first used. For attention it offers `attention(q, k, v, layout, scale, return_lse)`,
+for the K/V path `extract_kv` and `inject_kv`; `unavailable_reason()` says why it cannot run on this machine, and
+`unsupported_reason(...)` why it cannot serve given inputs. Backends never import each other.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+ATTENTION = {"reference": "reference", "torch": "torch"}
+KV = {"torch": "torch_kv"}
+
+# Backends of the public contract that have no kernels yet, so that asking for one says so.
+PLANNED = {
+    "flash": "the varlen split over flash-attn is not part of this version",
+    "triton": "the Triton kernels are not part of this version",
+    "cuda": "the CUDA kernels are not part of this version",
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of `backend_status()`: `serves` lists "attention" and "kv"; `reason` is None where the backend can be used."""
+
+    name: str
+    serves: tuple[str, ...]
+    reason: str | None
+
+
+def backend_status() -> list[BackendStatus]:
+    """Every backend of the public contract, and why it cannot be used on this machine where it cannot."""
+    rows = []
+    for name in (*ATTENTION, *PLANNED):
+        serves = tuple(kind for kind, table in (("attention", ATTENTION), ("kv", KV)) if name in table)
+        reason = PLANNED.get(name) or load(ATTENTION, name).unavailable_reason()
+        rows.append(BackendStatus(name, serves, reason))
+    return rows
+
+
+def load(table: dict[str, str], name: str) -> ModuleType:
+    """The backend module `name`; ValueError if there is none, or if this version or machine cannot run it."""
+    if name not in table:
+        known = ", ".join(("auto", *table, *(p for p in PLANNED if p not in table)))
+        reason = PLANNED.get(name)
+        raise ValueError(f"backend must be one of {known}, but was {name!r}" + (f": {reason}" if reason else ""))
+    module = import_module(f".{table[name]}", __package__)
+    reason = module.unavailable_reason()
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot be used here: {reason}")
+    return module

@@ -1,0 +1,57 @@
+"""Portable extraction and injection of K/V: a gather, a rotation in float32 and a scatter per layer."""
+
+import torch
+
+
+
+def unavailable_reason() -> str | None:
+    """This backend runs everywhere torch does."""
+    return None
+
+
+def extract_kv(keys, values, index, positions, inv_freq, attention_scaling):
+    """(k, v), both [L, T, Hkv, D]: rows `index` of every layer, keys with their rotation taken off."""
+    k = torch.stack([layer.index_select(0, index) for layer in keys])
+    v = torch.stack([layer.index_select(0, index) for layer in values])
+    if positions is not None:
+        cos, sin = _angles(positions, inv_freq)
+        k = (_rotate(k.float(), cos, -sin) / attention_scaling).to(k.dtype)
+    return k, v
+
+
+def inject_kv(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
+    """Rotate keys to their positions and write keys and values into the caches' slots; slot -1 is skipped."""
+    cos, sin = _angles(positions, inv_freq)
+    written = slots >= 0
+    if not bool(written.all()):
+        k, v, slots, cos, sin = k[:, written], v[:, written], slots[written], cos[written], sin[written]
+        k_scale, v_scale = (s if s is None else s[:, written] for s in (k_scale, v_scale))
+    for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
+        rotated = _rotate(_dequantised(k, k_scale, layer), cos, sin) * attention_scaling
+        _write(k_cache, slots, rotated.to(k_cache.dtype))
+        # Values are copied: no detour through float32 unless they are quantised.
+        value = v[layer] if v_scale is None else _dequantised(v, v_scale, layer)
+        _write(v_cache, slots, value.to(v_cache.dtype))
+
+
+def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [T, 1, D/2]; the angle is the float32 product that transformers takes."""
+    angle = positions[:, None, None].float() * inv_freq.float()
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split RoPE of x [..., T, H, D] (RoFormer, arXiv 2104.09864, in the layout of LLaMA); `-sin` undoes it."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, layer: int) -> torch.Tensor:
+    return x[layer].float() if scale is None else x[layer].float() * scale[layer][..., None]
+
+
+def _write(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    if cache.ndim == 3:
+        cache[slots] = rows
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows

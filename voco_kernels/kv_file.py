@@ -1,0 +1,101 @@
+"""Files of `VocoKV`: safetensors with a format version, its own metadata, and a checksum over all of it.
+
+safetensors checks that a file is whole, not that its bytes are the ones that were written; the checksum does.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+
+from .kv_cache import VocoKV
+
+FORMAT = "voco-kv"
+FORMAT_VERSION = 1
+TENSORS = ("k", "v", "k_scale", "v_scale")
+
+
+def save(kv: VocoKV, path: str | Path) -> None:
+    """Write `kv` to `path`: a new file appears whole or not at all, and an old one is replaced only by a whole one."""
+    path = Path(path)
+    tensors = {name: getattr(kv, name) for name in TENSORS if getattr(kv, name) is not None}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "segments": json.dumps(kv.segments),
+        "meta": json.dumps(kv.meta, sort_keys=True),
+    }
+    header["sha256"] = _checksum(tensors, header)
+    write_atomically(path, serialise(tensors, metadata=header))
+
+
+def load(path: str | Path) -> VocoKV:
+    """Read a file that `save` wrote, onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, has flipped bytes, was not written by `save`, or by a later version of it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no K/V cache file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole K/V cache file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a K/V cache file: its format is {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("format_version") != str(FORMAT_VERSION):
+        version = header.get("format_version")
+        raise ValueError(f"{path} has format version {version}, and this library reads version {FORMAT_VERSION}")
+    stated = header.pop("sha256", None)
+    if stated != _checksum(tensors, header):
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents")
+    if not {"k", "v"} <= set(tensors) <= set(TENSORS):
+        raise ValueError(f"{path} holds tensors {sorted(tensors)}, and a K/V cache file holds {TENSORS[:2]} and scales")
+    segments = json.loads(header["segments"])
+    segments = None if segments is None else [tuple(segment) for segment in segments]
+    try:
+        return VocoKV(**tensors, segments=segments, meta=json.loads(header["meta"]))
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold a valid VocoKV: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file in the same folder, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for their owner alone; a cache file is an ordinary file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""The operations as registered torch operators (namespace `voco`), for graphs that torch.compile and torch.export trace.
+
+Eager calls do not come here: they reach the backend directly, which is cheaper by tens of microseconds a call. An operator
+receives the tensors of a layout, not the layout; backends find what they derived from it by those tensors.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .layout import VocoLayout
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: VocoLayout, scale: float, backend: str, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """`voco::attention` on a layout's tensors: (out, lse); lse is empty unless `return_lse`."""
+    return voco_attention_op(
+        q, k, v, layout.segment_ids, layout.public, layout.cu_seqlens, layout.isolated, scale, backend, return_lse
+    )
+
+
+def _layout(segment_ids: Tensor, public: Tensor, cu_seqlens: Tensor, isolated: bool) -> VocoLayout:
+    """The layout of these tensors as far as attention needs it: positions are the caller's business."""
+    return VocoLayout(segment_ids, public, cu_seqlens, segment_ids, isolated)
+
+
+@torch.library.custom_op("voco::attention", mutates_args=())
+def voco_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor,
+    public: Tensor,
+    cu_seqlens: Tensor,
+    isolated: bool,
+    scale: float,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `voco_kernels.voco_attention`."""
+    module = backends.load(backends.ATTENTION, backend)
+    layout = _layout(segment_ids, public, cu_seqlens, isolated)
+    out, lse = module.attention(q, k, v, layout, scale, return_lse)
+    return out.contiguous(), _empty_lse(q) if lse is None else lse
+
+
+@voco_attention_op.register_fake
+def _(q, k, v, segment_ids, public, cu_seqlens, isolated, scale, backend, return_lse):
+    lse = q.new_empty(q.shape[:2], dtype=_empty_lse(q).dtype) if return_lse else _empty_lse(q)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("voco::attention_backward", mutates_args=())
+def voco_attention_backward_op(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor,
+    public: Tensor,
+    cu_seqlens: Tensor,
+    isolated: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `voco::attention`."""
+    module = backends.load(backends.ATTENTION, backend)
+    layout = _layout(segment_ids, public, cu_seqlens, isolated)
+    return tuple(g.contiguous() for g in module.attention_backward(grad_out, q, k, v, layout, scale))
+
+
+@voco_attention_backward_op.register_fake
+def _(grad_out, q, k, v, segment_ids, public, cu_seqlens, isolated, scale, backend):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.isolated, ctx.scale, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_out, grad_lse):
+    grads = voco_attention_backward_op(grad_out, *ctx.saved_tensors, ctx.isolated, ctx.scale, ctx.backend)
+    return *grads, *([None] * 7)
+
+
+voco_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.custom_op("voco::extract_kv", mutates_args=())
+def extract_kv_op(
+    keys: list[Tensor],
+    values: list[Tensor],
+    index: Tensor,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    attention_scaling: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See `voco_kernels.extract_kv`; keys and values are L tensors [N, Hkv, D]."""
+    module = backends.load(backends.KV, backend)
+    return module.extract_kv(keys, values, index, positions, inv_freq, attention_scaling)
+
+
+@extract_kv_op.register_fake
+def _(keys, values, index, positions, inv_freq, attention_scaling, backend):
+    shape = (len(keys), index.shape[0], *keys[0].shape[1:])
+    return keys[0].new_empty(shape), values[0].new_empty(shape)
+
+
+@torch.library.custom_op("voco::inject_kv", mutates_args=("k_caches", "v_caches"))
+def inject_kv_op(
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_caches: list[Tensor],
+    v_caches: list[Tensor],
+    slots: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    attention_scaling: float,
+    backend: str,
+) -> None:
+    """See `voco_kernels.inject_kv`; the caches are L tensors [slots, Hkv, D] or [blocks, block, Hkv, D]."""
+    module = backends.load(backends.KV, backend)
+    module.inject_kv(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling)
+
+
+@inject_kv_op.register_fake
+def _(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling, backend):
+    return None
