@@ -1,0 +1,55 @@
+# VENV is the environment that everything runs in; with `VENV=` (empty) the targets use the current environment's python
+# and the source tree, and install nothing.
+VENV ?= .venv
+PYTHON ?= python3
+# Installed first, so that nothing else chooses torch's version; pip options may stand here too (--index-url ...).
+TORCH ?= torch==2.13.0
+
+ifeq ($(strip $(VENV)),)
+STAMP :=
+PY := PYTHONPATH="$(CURDIR):$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+else
+STAMP := $(VENV)/.voco-installed
+PY := $(VENV)/bin/python
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo train-demo test test-full lint bench wheel clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+env: $(STAMP) ## create the environment in VENV (default .venv), or bring it up to date
+
+ifneq ($(STAMP),)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e ".[demo,train,test]"
+	touch $@
+endif
+
+demo: $(STAMP) ## the whole two-stage path on a small model
+	$(PY) -m voco_llama.cli demo
+
+train-demo: $(STAMP) ## train the demo's model again
+	$(PY) -m voco_llama.demo.train
+
+test: lint ## lint and the quick tests: what CI runs
+	$(PY) -m pytest
+
+test-full: lint ## every test, also the slow ones and, on a GPU, those that need one
+	$(PY) -m pytest -m ""
+
+lint: $(STAMP) ## check the style
+	$(PY) -m ruff check
+
+bench: $(STAMP) ## measure this machine
+	$(PY) bench/run.py
+
+wheel: $(STAMP) ## build the wheel into dist/
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove what builds and tests left behind; the next `make env` installs again
+	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info voco_kernels/_cuda*.so $(STAMP)

@@ -1,0 +1,327 @@
+"""The thin VoCo LLaVA: stock LLaVA layers, VoCo attention in the LLaMA, two-stage inference around `generate`."""
+
+import hashlib
+import json
+
+import torch
+from transformers import LlavaForConditionalGeneration
+from transformers.cache_utils import Cache
+
+from voco_kernels import VocoKV, VocoLayout
+from voco_kernels.integrations import transformers as voco_transformers
+
+from . import stages
+from .configuration import VocoLlavaConfig
+from .processing import VocoProcessor
+
+voco_transformers.register()
+
+
+class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA whose text sees an image only through its VoCo tokens (VoCo-LLaMA, arXiv 2406.12275).
+
+    The LLaMA always runs with `attn_implementation="voco"`; prompts without VoCo tokens are plain causal.
+    """
+
+    config: VocoLlavaConfig
+    config_class = VocoLlavaConfig
+
+    def __init__(self, config: VocoLlavaConfig):
+        super().__init__(config)
+        self.set_attn_implementation({"text_config": voco_transformers.NAME})
+        self._processor: VocoProcessor | None = None
+        self._fingerprint: tuple[tuple, str] | None = None
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but weights that the checkpoint lacks are an error, never random.
+
+        Raises:
+            ValueError: the checkpoint misses weights of the model, or holds them in other shapes.
+        """
+        model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+        for name, what in (("missing_keys", "lacks"), ("mismatched_keys", "holds in another shape")):
+            keys = sorted(map(str, info.get(name) or ()))
+            if keys:
+                shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+                raise ValueError(f"checkpoint {name_or_path} {what}: {shown}")
+        return (model, info) if output_loading_info else model
+
+    @property
+    def processor(self) -> VocoProcessor:
+        """The processor of the checkpoint this model was loaded from, unless another one was set."""
+        if self._processor is None:
+            self._processor = VocoProcessor.from_pretrained(self.config._name_or_path)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: VocoProcessor) -> None:
+        self._processor = processor
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every tensor: what compressed images are tied to.
+
+        Tensors are hashed again only after a parameter or the configuration has changed.
+        """
+        settings = json.dumps(_settings(self.config.to_diff_dict()), sort_keys=True)
+        tensors = sorted(self.state_dict().items())
+        state = (settings, *((x.data_ptr(), x._version) for _, x in tensors))
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256(settings.encode())
+            for name, x in tensors:
+                digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._fingerprint = (state, digest.hexdigest())
+        return self._fingerprint[1]
+
+    # ---- layouts -----------------------------------------------------------------------------------------------------
+
+    def layout_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> VocoLayout:
+        """The layout of a padded batch [B, S], padding kept."""
+        config = self.config
+        return VocoLayout.from_input_ids(
+            input_ids,
+            image_token_id=config.image_token_id,
+            voco_token_id=config.voco_token_id,
+            isolated=config.isolated,
+            positions=config.positions,
+            attention_mask=attention_mask,
+            hide_prefix=config.hide_prefix,
+            image_start_id=config.image_start_id,
+            keep_padding=True,
+        )
+
+    # ---- single pass -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        voco_layout: VocoLayout | None = None,
+        segment_ids: torch.Tensor | None = None,
+        public: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """LLaVA's forward under the VoCo mask.
+
+        With an empty cache the mask comes from `voco_layout`, or from the plain tensors `segment_ids`, `public`,
+        `cu_seqlens` of a packed batch (`VocoCollator`), or from `input_ids`; afterwards the cache keeps only what later
+        tokens may see. With a filled cache the forward is plain causal.
+
+        Args:
+            input_ids (int64 [B, S]; [1, N] where packed), pixel_values ([images, 3, H, W]), labels ([B, S], -100 ignored).
+            voco_layout: B * S tokens, padding kept.
+            segment_ids, public ([N]), cu_seqlens ([documents + 1]), position_ids ([1, N]): a packed batch.
+
+        Returns:
+            LlavaCausalLMOutputWithPast
+
+        Raises:
+            ValueError: the LLaMA was switched to another attention than "voco", which would ignore the mask.
+        """
+        if past_key_values is not None and stages.length_of(past_key_values):
+            voco_layout = None
+            new = input_ids if input_ids is not None else inputs_embeds
+            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, new.shape[1])
+        elif voco_layout is None and segment_ids is not None:
+            voco_layout = VocoLayout(segment_ids, public, cu_seqlens, position_ids.view(-1), self.config.isolated)
+        elif voco_layout is None and input_ids is not None:
+            padding = attention_mask
+            if isinstance(attention_mask, voco_transformers.PrefillMask):
+                padding = attention_mask.padding
+            voco_layout = self.layout_of(input_ids, padding)
+        implementation = self.config.text_config._attn_implementation
+        if voco_layout is not None:
+            if implementation != voco_transformers.NAME:
+                raise ValueError(f'attn_implementation must be "voco" for the language model, but was "{implementation}"')
+            if position_ids is None:
+                batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+                position_ids = voco_layout.position_ids.view(batch, -1)
+        output = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            voco_layout=voco_layout,
+            **kwargs,
+        )
+        if voco_layout is not None and output.past_key_values is not None:
+            batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+            voco_transformers.keep_public_keys(output.past_key_values, voco_layout, batch)
+        return output
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        """As in transformers, with the attention mask in terms of the keys that the cache still holds."""
+        if past_key_values is not None and stages.length_of(past_key_values):
+            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, next_sequence_length or 1)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """As in transformers, which would repeat each image, where a prompt of several images needs them repeated as a set."""
+        pixels = kwargs.pop("pixel_values", None)
+        if pixels is not None and expand_size > 1:
+            per_row = (input_ids == self.config.image_token_id).sum(1)
+            per_row = (per_row * pixels.shape[0] // per_row.sum()).tolist()
+            pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(per_row)])
+        expanded, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return expanded, {**kwargs, "pixel_values": pixels} if pixels is not None else kwargs
+
+    # ---- two stages --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compress(
+        self,
+        images=None,
+        num_voco_tokens: int | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        batch_size: int = 32,
+    ) -> list[VocoKV]:
+        """Stage 1: compress images into the K/V of their VoCo tokens, each image alone.
+
+        Args:
+            images: a list of PIL images, paths or uint8 arrays [H, W, 3], made into tokens by `processor`.
+            num_voco_tokens: VoCo tokens per image; the processor's default where None.
+            input_ids ([images, S]), pixel_values ([images, 3, H, W]): instead of `images`, one segment a row.
+            batch_size: images per forward.
+
+        Returns:
+            One VocoKV per image, on the model's device, with `segments` and `meta` (model, processor, image).
+
+        Raises:
+            ValueError: an image that cannot be read; a row that is not one closed segment (`two_stage=True` in `generate`
+                compresses such a segment in its context); a prompt longer than the context.
+        """
+        meta = {"model": self.fingerprint()}
+        if images is not None:
+            images = list(images) if isinstance(images, list | tuple) else [images]
+            if not images:
+                return []
+            tokens = self.processor(images, [self.processor.image_token] * len(images), num_voco_tokens)
+            input_ids, pixel_values = tokens["input_ids"], tokens["pixel_values"]
+            meta["processor"] = self.processor.fingerprint()
+        elif input_ids is None or pixel_values is None:
+            raise ValueError("images must be given, or input_ids and pixel_values, but were None")
+        results = []
+        for begin in range(0, input_ids.shape[0], batch_size):
+            rows = slice(begin, begin + batch_size)
+            results += stages.compress(self, input_ids[rows], pixel_values[rows], meta)
+        return results
+
+    @torch.no_grad()
+    def cache_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> Cache:
+        """Full caching: the K/V of every token of an uncompressed prefix, as a cache to pass as `past_key_values`.
+
+        Args:
+            input_ids ([1, S]): a prefix without VoCo tokens; pixel_values ([images, 3, H, W]): its images.
+        """
+        return self(
+            input_ids=input_ids.to(self.device),
+            pixel_values=pixel_values.to(self.device),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        voco_kv: VocoKV | list[VocoKV] | None = None,
+        two_stage: bool = False,
+        **kwargs,
+    ):
+        """`generate` of transformers, also over compressed images.
+
+        Args:
+            inputs, input_ids ([B, S]): prompts with vision and VoCo placeholders (`processor`), the same in every mode.
+            voco_kv: compressed images, one per image of all prompts in order, instead of `pixel_values`: stage 2 alone.
+            two_stage: with `pixel_values`, compress first (segment by segment, in context where a segment is not closed)
+                and keep only public keys; memory then does not grow with the number of images.
+            kwargs: as in transformers.
+
+        Returns:
+            As in transformers: the given prompts followed by new tokens.
+
+        Raises:
+            ValueError: `voco_kv` of another model, processor or VoCo count; prompts longer than the context, or without
+                text at the end.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            return super().generate(**kwargs)
+        attention_mask = kwargs.get("attention_mask")
+        layout = self.layout_of(input_ids, attention_mask)
+        self._check_context(layout)
+        if voco_kv is not None or two_stage:
+            return _generate_in_stages(self, super().generate, input_ids, layout, voco_kv, **kwargs)
+        if kwargs.get("past_key_values") is None and "position_ids" not in kwargs:
+            kwargs["position_ids"] = layout.position_ids.view(input_ids.shape)
+        return super().generate(input_ids, **kwargs)
+
+    def _check_context(self, layout: VocoLayout) -> None:
+        last = int(layout.position_ids.max()) if layout.num_tokens else 0
+        limit = self.config.text_config.max_position_embeddings
+        if last >= limit:
+            raise ValueError(f"input_ids must fit the context of {limit} positions, but reach position {last}")
+
+
+def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):
+    """Stage 2 of prompts whose images come from `voco_kv` or are compressed first."""
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("past_key_values must be None where voco_kv or two_stage is given, but was a cache")
+    for name in ("position_ids", "attention_mask"):
+        kwargs.pop(name, None)
+    prompts = stages.public_prompts(model, input_ids, layout, voco_kv, kwargs.pop("pixel_values", None))
+    config = kwargs.get("generation_config") or model.generation_config
+    beams, returned = (kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    if max(beams, returned) > 1:
+        prompts.cache.batch_repeat_interleave(max(beams, returned))
+    output = generate(
+        prompts.input_ids, attention_mask=prompts.attention_mask, past_key_values=prompts.cache, **kwargs
+    )
+    given = input_ids.to(prompts.input_ids.device).repeat_interleave(returned, dim=0)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    sequences = torch.cat([given, sequences[:, prompts.input_ids.shape[1] :]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+def _settings(config: dict) -> dict:
+    """A configuration without what does not change results."""
+    noise = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache", "model_type"}
+    return {
+        key: _settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in noise and not key.startswith("_attn")
+    }

@@ -1,0 +1,180 @@
+"""From images and text to token ids with vision and VoCo placeholders."""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import BatchFeature
+from transformers.models.llava.processing_llava import LlavaProcessor
+
+# The prompt of the released VoCo-LLaMA code: images first, then the system prompt and the conversation.
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is not string %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the human's questions."
+    "{% for message in messages %}"
+    "{{ ' USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def open_image(source) -> Image.Image:
+    """An RGB image from a path, a PIL image or a uint8 array [H, W, 3]; ValueError that says what is wrong with it."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"image {source} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image {source} is not an image file that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {source} cannot be read: {error}") from error
+
+
+class VocoProcessor(LlavaProcessor):
+    """`LlavaProcessor` whose `<image>` becomes `<image>` * vision tokens, a newline, `<voco>` * VoCo tokens.
+
+    Args:
+        num_voco_tokens: VoCo tokens per image unless a call asks for another number.
+        max_voco_tokens: the largest number the model was trained for; a call for more warns.
+        voco_token: the VoCo token of the tokenizer.
+        image_start_token: put before every image that does not already follow it (see `VocoLlavaConfig.image_start_id`);
+            None for none.
+        image_processor, tokenizer, ...: as in `LlavaProcessor`.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        num_voco_tokens=2,
+        max_voco_tokens=2,
+        voco_token="<voco>",
+        image_start_token="<s>",
+        **kwargs,
+    ):
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template or VICUNA_TEMPLATE,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        self.num_voco_tokens = num_voco_tokens
+        self.max_voco_tokens = max_voco_tokens
+        self.voco_token = voco_token
+        self.voco_token_id = tokenizer.convert_tokens_to_ids(voco_token)
+        self.image_start_token = image_start_token
+
+    def __call__(
+        self,
+        images=None,
+        text: str | Sequence[str] | None = None,
+        num_voco_tokens: int | None = None,
+        return_tensors: str = "pt",
+        **text_kwargs,
+    ) -> BatchFeature:
+        """Token ids, and pixels where images are given.
+
+        Without `images` the prompt is the same: the model then takes the images from `voco_kv`.
+
+        Args:
+            images: one image or a list for all prompts together, in order: PIL images, paths, or uint8 arrays [H, W, 3].
+            text: prompts with one `<image>` per image.
+            num_voco_tokens: VoCo tokens per image, 0 for none (uncompressed).
+            text_kwargs: for the tokenizer (`padding` is on by default, on the tokenizer's side).
+
+        Returns:
+            input_ids, attention_mask (int64 [B, S]); pixel_values (float32 [images, 3, H, W]) where images are given.
+
+        Raises:
+            ValueError: an image that cannot be read; more or fewer images than `<image>`; a negative number of tokens.
+        """
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        if not prompts:
+            raise ValueError("text must be a prompt or a list of prompts, but was empty")
+        count = self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
+        self._check_count(count)
+        wanted = sum(prompt.count(self.image_token) for prompt in prompts)
+        features = {}
+        if images is not None:
+            images = [open_image(x) for x in (images if isinstance(images, list | tuple) else [images])]
+            if len(images) != wanted:
+                raise ValueError(f"text must hold one {self.image_token} per image ({len(images)}), but holds {wanted}")
+            if images:
+                features["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        expanded = [self._expand(prompt, count) for prompt in prompts]
+        tokens = self.tokenizer(
+            expanded, return_tensors=return_tensors, **{"padding": True, "return_token_type_ids": False, **text_kwargs}
+        )
+        return BatchFeature({**tokens, **features}, tensor_type=return_tensors)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Vision tokens of one image."""
+        size = dict(self.image_processor.size)
+        if getattr(self.image_processor, "do_center_crop", False):
+            size = dict(self.image_processor.crop_size)
+        edge = size.get("shortest_edge")
+        height, width = size.get("height", edge), size.get("width", edge)
+        tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+        return tokens - (self.vision_feature_select_strategy == "default")
+
+    def prompt(self, question: str, num_images: int = 1) -> str:
+        """The chat template's prompt for one question about `num_images` images."""
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides what the model sees of an image: pixels and placeholder text."""
+        settings = self.image_processor.to_dict()
+        noise = ("image_processor_type", "processor_class", "_name_or_path", "transformers_version")
+        settings = {key: value for key, value in settings.items() if key not in noise and value is not None}
+        ids = self.tokenizer(self._expand(self.image_token, 1)).input_ids
+        return hashlib.sha256(json.dumps([settings, ids], sort_keys=True, default=str).encode()).hexdigest()
+
+    def _expand(self, prompt: str, count: int) -> str:
+        """Each `<image>` written out; the tokenizer itself puts the start token before a prompt that begins with one."""
+        vision = self.image_token * self.num_image_tokens + (f"\n{self.voco_token * count}" if count else "")
+        start = self.image_start_token or ""
+
+        def image(match: re.Match) -> str:
+            return vision if match.start() == 0 else start + vision
+
+        return re.sub(re.escape(self.image_token), image, prompt)
+
+    def _check_count(self, count: int) -> None:
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"num_voco_tokens must be an integer of at least 0, but was {count!r}")
+        if count > self.max_voco_tokens:
+            warnings.warn(
+                f"{count} VoCo tokens per image were asked for, and the model was trained for at most "
+                f"{self.max_voco_tokens}",
+                stacklevel=3,
+            )
+
+
+def pixels_digest(pixel_values: torch.Tensor) -> str:
+    """SHA-256 of one image's pixel values."""
+    return hashlib.sha256(pixel_values.detach().cpu().contiguous().float().numpy().tobytes()).hexdigest()

@@ -1,0 +1,299 @@
+"""The two stages of VoCo inference: segments become K/V, text runs over K/V.
+
+Stage 1 forwards a segment causally and keeps the K/V of its public tokens, keys before RoPE. Stage 2 puts such K/V into a cache
+and forwards the text behind it. Because text sees public keys only, and RoPE is relative, stage 2 is a plain causal LLaMA
+over the public tokens: their positions are shifted so that the last run of text starts where a plain prompt would.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from voco_kernels import VocoKV, VocoLayout, extract_kv, inject_kv
+
+from .processing import pixels_digest
+
+# RoPE types whose frequencies depend on the length of the input: K/V made at one length would not fit another.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A contiguous run of one document: open text (`segment` 0) or one segment.
+
+    Attributes:
+        tokens: its tokens, as a slice of the document.
+        segment: 0, or the segment id.
+        public (bool [n]), positions (int64 [n]): of its tokens.
+        closed: for a segment, whether it sees nothing public outside itself, so that it may be compressed alone.
+    """
+
+    tokens: slice
+    segment: int
+    public: torch.Tensor
+    positions: torch.Tensor
+    closed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PublicPrompts:
+    """What stage 2 generates from: public tokens [B, P], their mask, and the cache of all but the last text run."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    cache: DynamicCache
+
+
+def length_of(cache: Cache) -> int:
+    """Number of keys in a cache."""
+    return int(cache.get_seq_length())
+
+
+def rotary_of(language_model: torch.nn.Module) -> tuple[torch.Tensor, float]:
+    """(inv_freq float32 [D/2], attention_scaling) of a LLaMA; ValueError where they depend on the input's length."""
+    rotary = language_model.rotary_emb
+    if rotary.rope_type in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope_type must be one with fixed frequencies for stored K/V, but was {rotary.rope_type!r}: its frequencies "
+            "depend on the length of the input"
+        )
+    return rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+
+def compress(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, meta: dict[str, str]) -> list[VocoKV]:
+    """Stage 1 of rows that are one closed segment each: one VocoKV per row."""
+    layout = model.layout_of(input_ids)
+    rows, width = input_ids.shape
+    segments, public = layout.segment_ids.view(rows, width), layout.public.view(rows, width)
+    alone = (segments > 0).all(1)
+    if not bool(alone.all()):
+        row = int((~alone).nonzero()[0])
+        raise ValueError(
+            f"input_ids must hold one closed segment a row (an image and its VoCo tokens, nothing else), but row {row} has "
+            f"{int((segments[row] <= 0).sum())} of {width} tokens outside of a segment; compress it in its context with "
+            "generate(two_stage=True)"
+        )
+    model._check_context(layout)
+    device = model.device
+    inv_freq, scaling = rotary_of(model.model.language_model)
+    cache = model.model(
+        input_ids=input_ids.to(device), pixel_values=pixel_values.to(device, model.dtype), use_cache=True
+    ).past_key_values
+    results = []
+    for row in range(rows):
+        index = public[row].nonzero()[:, 0].to(device)
+        kv = _extract(cache, row, index, index, inv_freq, scaling)
+        info = {**meta, "image": pixels_digest(pixel_values[row]), "prompt": _digest(input_ids[row])}
+        counts = (width - len(index), len(index))
+        results.append(VocoKV(kv.k, kv.v, segments=[counts], meta=info))
+    return results
+
+
+def runs_of(layout: VocoLayout, begin: int, end: int) -> list[Run]:
+    """The runs of one document, tokens begin to end of the layout, padding left out."""
+    segments = layout.segment_ids[begin:end].cpu()
+    edges = [0, *((segments[1:] != segments[:-1]).nonzero()[:, 0] + 1).tolist(), end - begin]
+    runs, seen_public = [], False
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        if first == last or segments[first] < 0:
+            continue
+        tokens = slice(first, last)
+        public = layout.public[begin:end][tokens].cpu()
+        closed = layout.isolated or not seen_public
+        runs.append(
+            Run(tokens, int(segments[first]), public, layout.position_ids[begin:end][tokens].cpu(), closed)
+        )
+        seen_public = seen_public or bool(public.any())
+    return runs
+
+
+def shift_of(runs: list[Run]) -> int:
+    """What to subtract from positions so that the last run, of text, stands where a plain prompt would have it."""
+    before = sum(int(run.public.sum()) for run in runs[:-1])
+    return int(runs[-1].positions[0]) - before
+
+
+@torch.no_grad()
+def forward_runs(
+    language_model: torch.nn.Module, runs: list[Run], shift: int, embeddings, stored: Iterator[VocoKV] | None
+) -> tuple[DynamicCache, list[torch.Tensor]]:
+    """Walk the runs of one document: compress or inject segments, forward text.
+
+    Args:
+        language_model: a LlamaModel with VoCo attention.
+        embeddings: run -> its input embeddings [1, n, E].
+        stored: the K/V of the segments, in order; where None they are compressed, alone if closed, else in context.
+
+    Returns:
+        The cache of all public tokens, and the hidden states [1, n, E] of each text run.
+    """
+    cache = DynamicCache(config=language_model.config)
+    inv_freq, scaling = rotary_of(language_model)
+    hidden = []
+
+    def forward(run: Run, into: DynamicCache) -> torch.Tensor:
+        positions = (run.positions - shift)[None].to(language_model.device)
+        return language_model(
+            inputs_embeds=embeddings(run), position_ids=positions, past_key_values=into, use_cache=True
+        ).last_hidden_state
+
+    for run in runs:
+        positions = (run.positions - shift)[run.public].to(language_model.device)
+        index = run.public.nonzero()[:, 0].to(language_model.device)
+        if run.segment == 0:
+            hidden.append(forward(run, cache))
+        elif stored is not None:
+            _append(cache, next(stored), positions, inv_freq, scaling)
+        elif run.closed:
+            alone = DynamicCache(config=language_model.config)
+            forward(run, alone)
+            _append(cache, _extract(alone, 0, index, positions, inv_freq, scaling), positions, inv_freq, scaling)
+        else:
+            past = length_of(cache)
+            forward(run, cache)
+            kept = torch.cat([torch.arange(past, device=index.device), past + index])
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
+    return cache, hidden
+
+
+def public_prompts(
+    model, input_ids: torch.Tensor, layout: VocoLayout, voco_kv: VocoKV | list[VocoKV] | None, pixel_values
+) -> PublicPrompts:
+    """Everything of the prompts but their last text run, in one cache, rows padded on the left."""
+    rows, width = input_ids.shape
+    documents = [runs_of(layout, row * width, (row + 1) * width) for row in range(rows)]
+    for row, runs in enumerate(documents):
+        if not runs or runs[-1].segment:
+            raise ValueError(f"input_ids must end with text in every row, but row {row} ends with an image or is empty")
+    stored = None
+    if voco_kv is not None:
+        stored = [voco_kv] if isinstance(voco_kv, VocoKV) else list(voco_kv)
+        _check_stored(model, stored, [run for runs in documents for run in runs if run.segment])
+        stored = iter([kv.to(model.device) for kv in stored])
+    embed = _Embedder(model, input_ids, pixel_values)
+    caches = []
+    for row, runs in enumerate(documents):
+        shift = shift_of(runs)
+        cache, _ = forward_runs(
+            model.model.language_model, runs[:-1], shift, lambda run, row=row: embed(row, run), stored
+        )
+        caches.append(cache)
+    last_runs = [runs[-1] for runs in documents]
+    return _stack(model, input_ids, caches, last_runs)
+
+
+class _Embedder:
+    """Input embeddings of runs of prompt rows; images are consumed in the order of their placeholders."""
+
+    def __init__(self, model, input_ids: torch.Tensor, pixel_values: torch.Tensor | None):
+        self.model, self.input_ids, self.pixel_values = model, input_ids, pixel_values
+        self.is_image = input_ids == model.config.image_token_id
+        images = 0 if pixel_values is None else pixel_values.shape[0]
+        self.tokens_per_image = int(self.is_image.sum()) // images if images else 0
+        self.used = 0
+
+    def __call__(self, row: int, run: Run) -> torch.Tensor:
+        ids = self.input_ids[row, run.tokens].to(self.model.device)
+        embeds = self.model.get_input_embeddings()(ids)
+        vision = self.is_image[row, run.tokens].to(embeds.device)
+        if bool(vision.any()):
+            if not self.tokens_per_image:
+                raise ValueError("pixel_values must hold the images of the prompt that have no K/V, but was None")
+            count = int(vision.sum()) // self.tokens_per_image
+            pixels = self.pixel_values[self.used : self.used + count].to(embeds.device, self.model.dtype)
+            self.used += count
+            embeds = embeds.masked_scatter(vision[:, None], image_features(self.model, pixels).to(embeds.dtype))
+        return embeds[None]
+
+
+def image_features(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[images * vision tokens, E]: LLaVA's projected features, whatever container this transformers returns them in."""
+    features = model.model.get_image_features(pixel_values=pixel_values)
+    features = getattr(features, "pooler_output", features)
+    return torch.cat(list(features), dim=0)
+
+
+def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
+    if len(stored) != len(segments):
+        raise ValueError(f"voco_kv must hold one VocoKV per image of the prompts ({len(segments)}), but holds {len(stored)}")
+    expected = {"model": model.fingerprint()}
+    if any("processor" in kv.meta for kv in stored):
+        expected["processor"] = model.processor.fingerprint()
+    config = model.config.text_config
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    for i, (kv, run) in enumerate(zip(stored, segments, strict=True)):
+        for name, value in expected.items():
+            if kv.meta.get(name, value) != value:
+                raise ValueError(
+                    f"voco_kv[{i}] must be made by this {name} ({value[:12]}...), but was made by {kv.meta[name][:12]}..."
+                )
+        counts = (int((~run.public).sum()), int(run.public.sum()))
+        if kv.segments is not None and [tuple(s) for s in kv.segments] != [counts] or kv.num_tokens != counts[1]:
+            raise ValueError(
+                f"voco_kv[{i}] must be of {counts[0]} private and {counts[1]} VoCo tokens, as the prompt is, but was of "
+                f"{kv.segments or [kv.num_tokens]}"
+            )
+        if (kv.k.shape[0], kv.k.shape[2]) != shape:
+            raise ValueError(f"voco_kv[{i}] must have [layers, heads] {list(shape)}, but was of shape {list(kv.k.shape)}")
+        if not run.closed:
+            raise ValueError(
+                f"voco_kv[{i}] stands where its segment is not closed (public tokens before it, and the model is not "
+                "isolated); use pixel_values with two_stage=True"
+            )
+
+
+def _stack(model, input_ids: torch.Tensor, caches: list[DynamicCache], last_runs: list[Run]) -> PublicPrompts:
+    """Rows [padding, cached tokens, padding, last text run] of one length, and their caches behind left padding."""
+    config, device = model.config, model.device
+    pad = config.text_config.pad_token_id
+    pad = 0 if pad is None else pad
+    lengths = [length_of(cache) for cache in caches]
+    texts = [input_ids[row, run.tokens].to(device) for row, run in enumerate(last_runs)]
+    prefix, width = max(lengths), max(len(text) for text in texts)
+    ids = torch.full((len(caches), prefix + width), pad, dtype=input_ids.dtype, device=device)
+    mask = torch.zeros_like(ids)
+    for row, (length, text) in enumerate(zip(lengths, texts, strict=True)):
+        # What stands at cached places is never embedded; the VoCo token is what the prompt really has there.
+        ids[row, prefix - length : prefix], mask[row, prefix - length : prefix] = config.voco_token_id, 1
+        ids[row, prefix + width - len(text) :], mask[row, prefix + width - len(text) :] = text, 1
+    merged = DynamicCache(config=config.text_config)
+    if prefix:
+        for layer in range(config.text_config.num_hidden_layers):
+            parts = [(c.layers[layer].keys, c.layers[layer].values) if n else None for c, n in zip(caches, lengths)]
+            shape = next(part for part in parts if part is not None)[0].shape
+            padded = [
+                [
+                    torch.nn.functional.pad(part[i], (0, 0, prefix - part[i].shape[2], 0))
+                    if part is not None
+                    else torch.zeros(1, shape[1], prefix, shape[3], dtype=model.dtype, device=device)
+                    for part in parts
+                ]
+                for i in (0, 1)
+            ]
+            merged.update(torch.cat(padded[0]), torch.cat(padded[1]), layer)
+    return PublicPrompts(ids, mask, merged)
+
+
+def _extract(cache: Cache, row: int, index, positions, inv_freq, scaling) -> VocoKV:
+    keys = [layer.keys[row].transpose(0, 1) for layer in cache.layers]
+    values = [layer.values[row].transpose(0, 1) for layer in cache.layers]
+    return extract_kv(keys, values, index, positions, inv_freq, scaling)
+
+
+def _append(cache: DynamicCache, kv: VocoKV, positions, inv_freq, scaling) -> None:
+    """Add compressed tokens behind the keys of a one-row cache."""
+    dtype = kv.k.dtype if kv.k_scale is None else inv_freq.dtype
+    k = torch.empty(kv.k.shape, dtype=dtype, device=kv.k.device)
+    v = torch.empty_like(k)
+    slots = torch.arange(kv.num_tokens, device=k.device)
+    inject_kv(kv, k, v, slots, positions, inv_freq, scaling)
+    for layer in range(kv.num_layers):
+        cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.cpu().to(torch.int64).numpy().tobytes()).hexdigest()
