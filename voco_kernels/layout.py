@@ -13,6 +13,9 @@ from .errors import reject, require_integers, require_tensor
 
 POSITION_POLICIES = ("continuous", "compact")
 
+# Stands for padding among token ids: no id of a vocabulary, and none of the negative ids that mark images (-1, -200).
+PADDING_ID = torch.iinfo(torch.int32).min
+
 
 @dataclass(frozen=True)
 class Text:
@@ -184,12 +187,14 @@ class VocoLayout:
                 image brings with it).
 
         Raises:
-            ValueError: wrong shapes or dtypes, equal image and VoCo ids, `attention_mask` and `cu_seqlens` together.
+            ValueError: wrong shapes or dtypes, equal token ids, `attention_mask` and `cu_seqlens` together.
         """
         require_integers("input_ids", input_ids)
         require_tensor("input_ids", input_ids, ndim=2)
         if image_token_id == voco_token_id:
             reject("voco_token_id", f"different from image_token_id ({image_token_id})", voco_token_id)
+        if image_start_id in (image_token_id, voco_token_id):
+            reject("image_start_id", "different from image_token_id and voco_token_id", image_start_id)
         rows, width = input_ids.shape
         device = input_ids.device
         if cu_seqlens is None:
@@ -199,8 +204,9 @@ class VocoLayout:
         elif rows != 1:
             reject("input_ids", "of shape [1, N] where cu_seqlens is given", f"of shape {list(input_ids.shape)}")
         else:
-            cu_seqlens = require_integers("cu_seqlens", cu_seqlens).to(device=device, dtype=torch.int32)
-            check_cu_seqlens(cu_seqlens, width, force=False)
+            require_integers("cu_seqlens", cu_seqlens)
+            check_cu_seqlens(require_tensor("cu_seqlens", cu_seqlens, ndim=1), width, force=False)
+            cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
         if attention_mask is None:
             valid = torch.ones(rows * width, dtype=torch.bool, device=device)
         elif require_tensor("attention_mask", attention_mask).shape != input_ids.shape:
@@ -210,7 +216,7 @@ class VocoLayout:
 
         ids = input_ids.reshape(-1)
         segment_ids = _find_segments(
-            torch.where(valid, ids, -1),
+            torch.where(valid, ids, PADDING_ID),
             cu_seqlens,
             image_token_id,
             voco_token_id,
@@ -405,7 +411,7 @@ def _find_segments(
     hide_prefix: bool,
     image_start_id: int | None,
 ) -> torch.Tensor:
-    """int32 [N]: the segment id of each token, numbered over the whole pack; `ids` holds -1 at padding."""
+    """int32 [N]: the segment id of each token, numbered over the whole pack; `ids` holds PADDING_ID at padding."""
     n = ids.shape[0]
     if n == 0:
         return ids.to(torch.int32)
@@ -435,7 +441,7 @@ def _find_segments(
         start = start - has_start.long()
     if hide_prefix:
         real_start = torch.full((cu_seqlens.shape[0],), n, device=ids.device)
-        real_start = real_start.scatter_reduce(0, document, torch.where(ids == -1, n, index), "amin")
+        real_start = real_start.scatter_reduce(0, document, torch.where(ids == PADDING_ID, n, index), "amin")
         start = torch.where(_rank_in_document(closes, cu_seqlens) == 0, real_start[document], start)
 
     # Padding may stand inside a row only outside of segments, so the run of VoCo tokens ends where its neighbour differs.

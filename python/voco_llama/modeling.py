@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from voco_kernels import VocoKV, VocoLayout
@@ -41,6 +41,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         Raises:
             ValueError: the checkpoint misses weights of the model, or holds them in other shapes.
         """
+        # transformers would raise for wrong shapes without naming one.
+        kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
         for name, what in (("missing_keys", "lacks"), ("mismatched_keys", "holds in another shape")):
             keys = sorted(map(str, info.get(name) or ()))
@@ -65,12 +67,12 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Tensors are hashed again only after a parameter or the configuration has changed.
         """
-        settings = json.dumps(_settings(self.config.to_diff_dict()), sort_keys=True)
-        tensors = sorted(self.state_dict().items())
-        state = (settings, *((x.data_ptr(), x._version) for _, x in tensors))
+        tensors = self.state_dict()
+        state = (_state_of(self.config), *((x.data_ptr(), x._version) for x in tensors.values()))
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.sha256(settings.encode())
-            for name, x in tensors:
+            settings = _settings(self.config.to_diff_dict())
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+            for name, x in sorted(tensors.items()):
                 digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
                 digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             self._fingerprint = (state, digest.hexdigest())
@@ -129,13 +131,19 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             LlavaCausalLMOutputWithPast
 
         Raises:
-            ValueError: the LLaMA was switched to another attention than "voco", which would ignore the mask.
+            ValueError: the LLaMA was switched to another attention than "voco", which would ignore the mask; an image with
+                VoCo tokens behind a filled cache; an incomplete packed batch.
         """
         if past_key_values is not None and stages.length_of(past_key_values):
             voco_layout = None
             new = input_ids if input_ids is not None else inputs_embeds
             attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, new.shape[1])
+            if input_ids is not None and input_ids.shape[1] > 1:
+                voco_transformers.refuse_private_tokens(self.layout_of(input_ids))
         elif voco_layout is None and segment_ids is not None:
+            for name, value in (("public", public), ("cu_seqlens", cu_seqlens), ("position_ids", position_ids)):
+                if value is None:
+                    raise ValueError(f"{name} must be given where segment_ids are, but was None")
             voco_layout = VocoLayout(segment_ids, public, cu_seqlens, position_ids.view(-1), self.config.isolated)
         elif voco_layout is None and input_ids is not None:
             padding = attention_mask
@@ -174,7 +182,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ):
         """As in transformers, with the attention mask in terms of the keys that the cache still holds."""
         if past_key_values is not None and stages.length_of(past_key_values):
-            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, next_sequence_length or 1)
+            next_sequence_length = voco_transformers.num_new_tokens(
+                past_key_values, next_sequence_length, kwargs.get("is_first_iteration")
+            )
+            new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, new)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -184,7 +196,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """As in transformers, which would repeat each image, where a prompt of several images needs them repeated as a set."""
+        """As in transformers, but the images of a prompt are repeated as a set, not each on its own."""
         pixels = kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1:
             per_row = (input_ids == self.config.image_token_id).sum(1)
@@ -273,7 +285,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Raises:
             ValueError: `voco_kv` of another model, processor or VoCo count; prompts longer than the context, or without
-                text at the end.
+                text at the end; images of which there are neither pixels nor K/V; a cache that does not hold the images.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
@@ -283,9 +295,48 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._check_context(layout)
         if voco_kv is not None or two_stage:
             return _generate_in_stages(self, super().generate, input_ids, layout, voco_kv, **kwargs)
-        if kwargs.get("past_key_values") is None and "position_ids" not in kwargs:
+        self._check_images(input_ids, layout, kwargs.get("pixel_values"), kwargs.get("past_key_values"))
+        if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = layout.position_ids.view(input_ids.shape)
         return super().generate(input_ids, **kwargs)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        images=None,
+        voco_kv: list[VocoKV] | None = None,
+        num_voco_tokens: int | None = None,
+        **kwargs,
+    ) -> str:
+        """The answer to one question about images or compressed images, through the processor's chat template.
+
+        Args:
+            images: PIL images, paths or uint8 arrays [H, W, 3]; read in a single pass (num_voco_tokens=0: uncompressed).
+            voco_kv: compressed images instead.
+            num_voco_tokens: VoCo tokens per image of `images`.
+            kwargs: for `generate`; greedy unless they say otherwise.
+        """
+        if (images is None) == (voco_kv is None):
+            raise ValueError("images or voco_kv must be given, and not both")
+        counts = num_voco_tokens if voco_kv is None else [kv.num_tokens for kv in voco_kv]
+        prompt = self.processor.prompt(question, len(images if voco_kv is None else voco_kv))
+        tokens = self.processor(images, prompt, counts).to(self.device)
+        new = self.generate(**tokens, voco_kv=voco_kv, **{"do_sample": False, "max_new_tokens": 64, **kwargs})
+        new = new[0, tokens["input_ids"].shape[1] :]
+        return self.processor.decode(new, skip_special_tokens=True).strip()
+
+    def _check_images(self, input_ids, layout: VocoLayout, pixel_values, cache: Cache | None) -> None:
+        """ValueError where images of the prompts have neither pixels nor keys in the cache that later text may see."""
+        if cache is not None and stages.length_of(cache):
+            private = (~layout.public & (layout.segment_ids >= 0)).view(input_ids.shape)
+            if bool(private[:, getattr(cache, "voco_prompt_length", 0) :].any()):
+                raise ValueError(
+                    "past_key_values must come from a single pass over the beginning of input_ids that holds all images "
+                    "with VoCo tokens, but did not"
+                )
+        elif pixel_values is None and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError("pixel_values or voco_kv must be given for input_ids with images, but both were None")
 
     def _check_context(self, layout: VocoLayout) -> None:
         last = int(layout.position_ids.max()) if layout.num_tokens else 0
@@ -298,10 +349,18 @@ def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):
     """Stage 2 of prompts whose images come from `voco_kv` or are compressed first."""
     if kwargs.get("past_key_values") is not None:
         raise ValueError("past_key_values must be None where voco_kv or two_stage is given, but was a cache")
+    config = kwargs.get("generation_config") or model.generation_config
+    if kwargs.get("use_cache", config.use_cache) is False:
+        raise ValueError("use_cache must be True where voco_kv or two_stage is given, but was False")
     for name in ("position_ids", "attention_mask"):
         kwargs.pop(name, None)
     prompts = stages.public_prompts(model, input_ids, layout, voco_kv, kwargs.pop("pixel_values", None))
-    config = kwargs.get("generation_config") or model.generation_config
+    if prompts.pixel_values is not None:
+        kwargs["pixel_values"] = prompts.pixel_values
+    for name in ("max_length", "min_length"):
+        if kwargs.get(name) is not None:
+            # Lengths count the given prompts, of which stage 2 sees the public part.
+            kwargs[name] = max(0, kwargs[name] - input_ids.shape[1] + prompts.input_ids.shape[1])
     beams, returned = (kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences"))
     if max(beams, returned) > 1:
         prompts.cache.batch_repeat_interleave(max(beams, returned))
@@ -315,6 +374,11 @@ def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):
         return sequences
     output.sequences = sequences
     return output
+
+
+def _state_of(config: PreTrainedConfig) -> tuple:
+    """Whatever changes when the configuration does; much cheaper than its dict, since stage 2 asks for every prompt."""
+    return tuple(_state_of(x) if isinstance(x, PreTrainedConfig) else str(x) for x in vars(config).values())
 
 
 def _settings(config: dict) -> dict:

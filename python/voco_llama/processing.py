@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class VocoProcessor(LlavaProcessor):
         self,
         images=None,
         text: str | Sequence[str] | None = None,
-        num_voco_tokens: int | None = None,
+        num_voco_tokens: int | Sequence[int] | None = None,
         return_tensors: str = "pt",
         **text_kwargs,
     ) -> BatchFeature:
@@ -102,7 +102,7 @@ class VocoProcessor(LlavaProcessor):
         Args:
             images: one image or a list for all prompts together, in order: PIL images, paths, or uint8 arrays [H, W, 3].
             text: prompts with one `<image>` per image.
-            num_voco_tokens: VoCo tokens per image, 0 for none (uncompressed).
+            num_voco_tokens: VoCo tokens per image, 0 for none (uncompressed); or one number for each image, in order.
             text_kwargs: for the tokenizer (`padding` is on by default, on the tokenizer's side).
 
         Returns:
@@ -114,9 +114,8 @@ class VocoProcessor(LlavaProcessor):
         prompts = [text] if isinstance(text, str) else list(text or [])
         if not prompts:
             raise ValueError("text must be a prompt or a list of prompts, but was empty")
-        count = self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens
-        self._check_count(count)
         wanted = sum(prompt.count(self.image_token) for prompt in prompts)
+        counts = self._counts(self.num_voco_tokens if num_voco_tokens is None else num_voco_tokens, wanted)
         features = {}
         if images is not None:
             images = [open_image(x) for x in (images if isinstance(images, list | tuple) else [images])]
@@ -124,7 +123,8 @@ class VocoProcessor(LlavaProcessor):
                 raise ValueError(f"text must hold one {self.image_token} per image ({len(images)}), but holds {wanted}")
             if images:
                 features["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        expanded = [self._expand(prompt, count) for prompt in prompts]
+        counts = iter(counts)
+        expanded = [self._expand(prompt, counts) for prompt in prompts]
         tokens = self.tokenizer(
             expanded, return_tensors=return_tensors, **{"padding": True, "return_token_type_ids": False, **text_kwargs}
         )
@@ -151,28 +151,35 @@ class VocoProcessor(LlavaProcessor):
         settings = self.image_processor.to_dict()
         noise = ("image_processor_type", "processor_class", "_name_or_path", "transformers_version")
         settings = {key: value for key, value in settings.items() if key not in noise and value is not None}
-        ids = self.tokenizer(self._expand(self.image_token, 1)).input_ids
+        ids = self.tokenizer(self._expand(self.image_token, iter([1]))).input_ids
         return hashlib.sha256(json.dumps([settings, ids], sort_keys=True, default=str).encode()).hexdigest()
 
-    def _expand(self, prompt: str, count: int) -> str:
+    def _expand(self, prompt: str, counts: Iterator[int]) -> str:
         """Each `<image>` written out; the tokenizer itself puts the start token before a prompt that begins with one."""
-        vision = self.image_token * self.num_image_tokens + (f"\n{self.voco_token * count}" if count else "")
-        start = self.image_start_token or ""
 
         def image(match: re.Match) -> str:
-            return vision if match.start() == 0 else start + vision
+            count = next(counts)
+            start = "" if match.start() == 0 else self.image_start_token or ""
+            return start + self.image_token * self.num_image_tokens + (f"\n{self.voco_token * count}" if count else "")
 
         return re.sub(re.escape(self.image_token), image, prompt)
 
-    def _check_count(self, count: int) -> None:
-        if not isinstance(count, int) or count < 0:
-            raise ValueError(f"num_voco_tokens must be an integer of at least 0, but was {count!r}")
-        if count > self.max_voco_tokens:
+    def _counts(self, given: int | Sequence[int], images: int) -> list[int]:
+        """One VoCo count per image, checked."""
+        counts = [given] * images if isinstance(given, int) else list(given)
+        if len(counts) != images:
+            raise ValueError(f"num_voco_tokens must hold one number per image ({images}), but holds {len(counts)}")
+        for count in (given, *counts) if isinstance(given, int) else counts:
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"num_voco_tokens must be an integer of at least 0, but was {count!r}")
+        most = max(counts, default=0)
+        if most > self.max_voco_tokens:
             warnings.warn(
-                f"{count} VoCo tokens per image were asked for, and the model was trained for at most "
+                f"{most} VoCo tokens per image were asked for, and the model was trained for at most "
                 f"{self.max_voco_tokens}",
                 stacklevel=3,
             )
+        return counts
 
 
 def pixels_digest(pixel_values: torch.Tensor) -> str:

@@ -1,11 +1,12 @@
 """The two stages of VoCo inference: segments become K/V, text runs over K/V.
 
-Stage 1 forwards a segment causally and keeps the K/V of its public tokens, keys before RoPE. Stage 2 puts such K/V into a cache
-and forwards the text behind it. Because text sees public keys only, and RoPE is relative, stage 2 is a plain causal LLaMA
-over the public tokens: their positions are shifted so that the last run of text starts where a plain prompt would.
+Stage 1 forwards a segment causally and keeps the K/V of its public tokens, keys before RoPE. Stage 2 puts such K/V into a
+cache and forwards the text behind it. Because text sees public keys only, and RoPE is relative, stage 2 is a plain causal
+LLaMA over the public tokens: their positions are shifted so that the last run of text starts where a plain prompt would.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,11 +41,15 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class PublicPrompts:
-    """What stage 2 generates from: public tokens [B, P], their mask, and the cache of all but the last text run."""
+    """What stage 2 generates from: public tokens [B, P], their mask, and the cache of all but the last text run.
+
+    `pixel_values` are the uncompressed images that stand in the last text runs; None without any.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     cache: DynamicCache
+    pixel_values: torch.Tensor | None
 
 
 def length_of(cache: Cache) -> int:
@@ -97,7 +102,7 @@ def runs_of(layout: VocoLayout, begin: int, end: int) -> list[Run]:
     segments = layout.segment_ids[begin:end].cpu()
     edges = [0, *((segments[1:] != segments[:-1]).nonzero()[:, 0] + 1).tolist(), end - begin]
     runs, seen_public = [], False
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in itertools.pairwise(edges):
         if first == last or segments[first] < 0:
             continue
         tokens = slice(first, last)
@@ -174,7 +179,7 @@ def public_prompts(
         stored = [voco_kv] if isinstance(voco_kv, VocoKV) else list(voco_kv)
         _check_stored(model, stored, [run for runs in documents for run in runs if run.segment])
         stored = iter([kv.to(model.device) for kv in stored])
-    embed = _Embedder(model, input_ids, pixel_values)
+    embed = _Embedder(model, input_ids, layout if stored is not None else None, pixel_values)
     caches = []
     for row, runs in enumerate(documents):
         shift = shift_of(runs)
@@ -183,30 +188,55 @@ def public_prompts(
         )
         caches.append(cache)
     last_runs = [runs[-1] for runs in documents]
-    return _stack(model, input_ids, caches, last_runs)
+    pixels = [embed.pixels(row, run) for row, run in enumerate(last_runs)]
+    pixels = torch.cat(pixels) if any(len(part) for part in pixels) else None
+    return _stack(model, input_ids, caches, last_runs, pixels)
 
 
 class _Embedder:
-    """Input embeddings of runs of prompt rows; images are consumed in the order of their placeholders."""
+    """Input embeddings of runs of prompt rows.
 
-    def __init__(self, model, input_ids: torch.Tensor, pixel_values: torch.Tensor | None):
+    Args:
+        stored: the layout, where its segments come from K/V; `pixel_values` then holds the other images alone.
+    """
+
+    def __init__(self, model, input_ids: torch.Tensor, stored: VocoLayout | None, pixel_values: torch.Tensor | None):
         self.model, self.input_ids, self.pixel_values = model, input_ids, pixel_values
         self.is_image = input_ids == model.config.image_token_id
+        if stored is not None:
+            self.is_image = self.is_image & (stored.segment_ids.view(input_ids.shape) == 0)
         images = 0 if pixel_values is None else pixel_values.shape[0]
-        self.tokens_per_image = int(self.is_image.sum()) // images if images else 0
-        self.used = 0
+        tokens = int(self.is_image.sum())
+        self.tokens_per_image = tokens // images if images else 0
+        if tokens != self.tokens_per_image * images or bool(tokens) != bool(images):
+            raise ValueError(
+                f"pixel_values must hold the images of the prompt that have no K/V ({tokens} vision tokens), but held "
+                f"{images}"
+            )
+        # Vision tokens before each token, over all rows.
+        self.before = self.is_image.flatten().cumsum(0).view(input_ids.shape) - self.is_image.long()
+
+    def pixels(self, row: int, run: Run) -> torch.Tensor:
+        """The images [images, 3, H, W] of a run; empty without any."""
+        count = int(self.is_image[row, run.tokens].sum())
+        if not count:
+            return torch.empty(0)
+        first = int(self.before[row, run.tokens][0]) // self.tokens_per_image
+        return self.pixel_values[first : first + count // self.tokens_per_image]
 
     def __call__(self, row: int, run: Run) -> torch.Tensor:
         ids = self.input_ids[row, run.tokens].to(self.model.device)
         embeds = self.model.get_input_embeddings()(ids)
         vision = self.is_image[row, run.tokens].to(embeds.device)
         if bool(vision.any()):
-            if not self.tokens_per_image:
-                raise ValueError("pixel_values must hold the images of the prompt that have no K/V, but was None")
-            count = int(vision.sum()) // self.tokens_per_image
-            pixels = self.pixel_values[self.used : self.used + count].to(embeds.device, self.model.dtype)
-            self.used += count
-            embeds = embeds.masked_scatter(vision[:, None], image_features(self.model, pixels).to(embeds.dtype))
+            pixels = self.pixels(row, run)
+            features = image_features(self.model, pixels.to(embeds.device, self.model.dtype)) if len(pixels) else pixels
+            if len(features) != int(vision.sum()):
+                raise ValueError(
+                    f"pixel_values must hold the images of the prompt that have no K/V, but {len(features)} features stand "
+                    f"for {int(vision.sum())} vision tokens"
+                )
+            embeds = embeds.masked_scatter(vision[:, None], features.to(embeds.dtype))
         return embeds[None]
 
 
@@ -232,7 +262,7 @@ def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
                     f"voco_kv[{i}] must be made by this {name} ({value[:12]}...), but was made by {kv.meta[name][:12]}..."
                 )
         counts = (int((~run.public).sum()), int(run.public.sum()))
-        if kv.segments is not None and [tuple(s) for s in kv.segments] != [counts] or kv.num_tokens != counts[1]:
+        if (kv.segments is not None and [tuple(s) for s in kv.segments] != [counts]) or kv.num_tokens != counts[1]:
             raise ValueError(
                 f"voco_kv[{i}] must be of {counts[0]} private and {counts[1]} VoCo tokens, as the prompt is, but was of "
                 f"{kv.segments or [kv.num_tokens]}"
@@ -246,7 +276,9 @@ def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
             )
 
 
-def _stack(model, input_ids: torch.Tensor, caches: list[DynamicCache], last_runs: list[Run]) -> PublicPrompts:
+def _stack(
+    model, input_ids: torch.Tensor, caches: list[DynamicCache], last_runs: list[Run], pixel_values: torch.Tensor | None
+) -> PublicPrompts:
     """Rows [padding, cached tokens, padding, last text run] of one length, and their caches behind left padding."""
     config, device = model.config, model.device
     pad = config.text_config.pad_token_id
@@ -275,7 +307,7 @@ def _stack(model, input_ids: torch.Tensor, caches: list[DynamicCache], last_runs
                 for i in (0, 1)
             ]
             merged.update(torch.cat(padded[0]), torch.cat(padded[1]), layer)
-    return PublicPrompts(ids, mask, merged)
+    return PublicPrompts(ids, mask, merged, pixel_values)
 
 
 def _extract(cache: Cache, row: int, index, positions, inv_freq, scaling) -> VocoKV:

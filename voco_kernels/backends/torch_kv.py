@@ -3,7 +3,6 @@
 import torch
 
 
-
 def unavailable_reason() -> str | None:
     """This backend runs everywhere torch does."""
     return None

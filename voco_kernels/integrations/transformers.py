@@ -5,8 +5,8 @@
 attention, which is what decoding and stage 2 need: after a masked prefill the cache keeps only public keys
 (`keep_public_keys`), so no later step needs a mask of its own.
 
-`attach(model, build_layout)` does all of that for a stock model: it makes the layout at each prefill, and drops what the text
-may not see from the cache.
+`attach(model, build_layout)` does all of that for a stock model: it makes the layout at each prefill, and drops from the
+cache what the text may not see.
 """
 
 from collections.abc import Callable
@@ -122,6 +122,11 @@ def voco_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     batch, _, length, _ = query.shape
     prefill = attention_mask if isinstance(attention_mask, PrefillMask) else None
+    if attention_mask is not None and prefill is None and length > 1:
+        # A 4-D mask of the caller's own.
+        if voco_layout is not None:
+            reject("attention_mask", "a 2-D mask or None where a layout is given", f"{attention_mask.ndim}-D")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     offset = prefill.offset if prefill is not None else 0
     if voco_layout is not None:
         if offset or voco_layout.num_tokens != batch * length:
@@ -155,12 +160,13 @@ def keep_public_keys(cache: Cache, layout: VocoLayout, batch_size: int) -> None:
     Raises:
         ValueError: the cache has other layers than full attention, or holds another number of tokens.
     """
+    if not bool((~layout.public & (layout.segment_ids >= 0)).any()):
+        # Nothing to hide; padding is the attention mask's business. The cache may have been used before.
+        cache.voco_prompt_length, cache.voco_prefix_mask = 0, None
+        return
     public = layout.public.view(batch_size, -1)
     counts = public.sum(1)
-    kept = int(counts.max()) if batch_size else 0
-    length = public.shape[1]
-    if kept == length:
-        return
+    kept, length = int(counts.max()), public.shape[1]
     # A stable sort of the flags moves the public keys of each row to its end, in order.
     index = public.long().sort(dim=1, stable=True).indices[:, length - kept :]
     valid = torch.arange(kept, device=public.device) >= kept - counts[:, None]
@@ -193,13 +199,31 @@ def decode_mask(
         if bool(prefix.all()):
             return None
         tail = prefix.new_ones(prefix.shape[0], seen - prefix.shape[1])
-    elif attention_mask.shape[1] == seen:
-        return attention_mask
+    elif attention_mask.shape[1] == seen and prefix.shape[1] != cache.voco_prompt_length:
+        return attention_mask  # It is one already.
     else:
         tail = attention_mask[:, cache.voco_prompt_length :]
     if prefix.shape[0] != tail.shape[0]:
         prefix = prefix.repeat_interleave(tail.shape[0] // prefix.shape[0], dim=0)
     return torch.cat([prefix.to(tail.dtype), tail], dim=1)
+
+
+def num_new_tokens(cache: Cache, next_sequence_length: int | None, is_first_iteration: bool | None) -> int | None:
+    """How many of `generate`'s input ids are new, where it counted them as the ids that exceed the cache.
+
+    It does so when a conversation goes on behind the cache of its first part; keys that `keep_public_keys` dropped stand
+    for ids, too.
+    """
+    prefix = getattr(cache, "voco_prefix_mask", None)
+    if prefix is None or next_sequence_length is None or not is_first_iteration:
+        return next_sequence_length
+    return next_sequence_length - (cache.voco_prompt_length - prefix.shape[1])
+
+
+def refuse_private_tokens(layout: VocoLayout) -> None:
+    """ValueError where tokens that go behind a filled cache, plain causally, hold keys that later text may not see."""
+    if bool((~layout.public & (layout.segment_ids >= 0)).any()):
+        reject("input_ids", "text, or images without VoCo tokens, behind a filled cache", "with a segment")
 
 
 LayoutBuilder = Callable[[torch.Tensor, torch.Tensor | None], VocoLayout]
@@ -236,6 +260,8 @@ def attach(model: torch.nn.Module, build_layout: LayoutBuilder) -> Callable[[], 
             kwargs.pop("voco_layout", None)
             new = input_ids if input_ids is not None else kwargs["inputs_embeds"]
             kwargs["attention_mask"] = decode_mask(cache, mask, new.shape[1])
+            if input_ids is not None and new.shape[1] > 1:
+                refuse_private_tokens(build_layout(input_ids, attention_mask=None))
         elif kwargs.get("voco_layout") is None:
             if input_ids is None:
                 reject("input_ids", "given (the layout is made from them), or voco_layout", "None")
@@ -258,12 +284,13 @@ def attach(model: torch.nn.Module, build_layout: LayoutBuilder) -> Callable[[], 
     if prepare is not None:
         # A static cache's mask is made here, before the forward, so the mask has to be right here already.
         @wraps(prepare)
-        def prepare_with_cache_mask(*args, **kwargs):
+        def prepare_with_cache_mask(input_ids, **kwargs):
             cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-            length = kwargs.get("next_sequence_length") or 1
             if cache is not None and int(cache.get_seq_length()):
-                kwargs["attention_mask"] = decode_mask(cache, mask, length)
-            return prepare(*args, **kwargs)
+                new = num_new_tokens(cache, kwargs.get("next_sequence_length"), kwargs.get("is_first_iteration"))
+                kwargs["next_sequence_length"] = new
+                kwargs["attention_mask"] = decode_mask(cache, mask, input_ids.shape[1] if new is None else new)
+            return prepare(input_ids, **kwargs)
 
         model.prepare_inputs_for_generation = prepare_with_cache_mask
 

@@ -5,23 +5,25 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
     PreTrainedTokenizerFast,
 )
+
+from voco_llama import VocoLlavaConfig, VocoProcessor
 
 from .digits import CELL, vocabulary
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<voco>")
 PATCH = 4  # pixels of one vision token, each way
-
-
-def format_prompt(question: str, num_voco: int) -> str:
-    """The prompt of one question: the image, its VoCo tokens, the text.
-
-    The processor repeats ``<image>`` once per vision token, the tokenizer adds ``<s>``. The model answers with
-    one token and ``</s>``; a further question about the same image follows as ``{question} answer:``.
-    """
-    return f"<image>\n{'<voco>' * num_voco}\n{question} answer:"
+VOCO_COUNTS = (1, 2, 4, 8)  # VoCo tokens per image that the model is trained with
+DEFAULT_VOCO = 2
+INITIAL_STD = 0.06  # transformers' 0.02 is meant for layers ten times as wide, and learns much slower here
+# Images first, then the question; the answer is one word.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %} answer:{% endif %}"
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,7 +64,7 @@ def build_image_processor(rows: int = 2, columns: int = 2) -> CLIPImageProcessor
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL) -> LlavaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL) -> VocoLlavaConfig:
     """A CLIP tower, a projector and a LLaMA, about 1.3 M parameters together."""
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -72,6 +74,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL)
         image_size=image_size,
         patch_size=PATCH,
         projection_dim=128,
+        initializer_range=INITIAL_STD,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -84,8 +87,9 @@ def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL)
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        initializer_range=INITIAL_STD,
     )
-    return LlavaConfig(
+    return VocoLlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -95,4 +99,24 @@ def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL)
         vision_feature_select_strategy="default",
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        initializer_range=INITIAL_STD,
+        voco_token_id=tokenizer.convert_tokens_to_ids("<voco>"),
+        num_voco_tokens=DEFAULT_VOCO,
+        max_voco_tokens=max(VOCO_COUNTS),
+        image_start_id=tokenizer.bos_token_id,
+    )
+
+
+def build_processor() -> VocoProcessor:
+    """Tokenizer and image processor of the demo."""
+    return VocoProcessor(
+        build_image_processor(),
+        build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+        num_voco_tokens=DEFAULT_VOCO,
+        max_voco_tokens=max(VOCO_COUNTS),
+        image_start_token="<s>",
     )

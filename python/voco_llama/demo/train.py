@@ -1,0 +1,200 @@
+"""Trains the demo model from nothing: `make train-demo`, on two CPU cores.
+
+Three phases, each with the Trainer: the vision tower learns to read single cells (the part that CLIP's pretraining plays in
+LLaVA); the whole model learns to answer without compression; then it learns to answer through VoCo tokens, with uncompressed
+documents mixed in so that one checkpoint serves both. The checkpoint of the second phase is kept for the lower bound.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from voco_llama import VocoCollator, VocoLlavaForConditionalGeneration, VocoProcessor
+
+from . import MODEL, UNCOMPRESSED
+from .build import VOCO_COUNTS, build_config, build_processor
+from .digits import DigitsTask, reading
+from .evaluate import evaluate_all
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the Trainer: `batch` documents of `turns` questions a step; VoCo counts are drawn per document."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    batch: int = 32
+    turns: int = 6
+    counts: tuple[int, ...] = (0,)
+
+
+TOWER = Phase("tower", steps=500, learning_rate=2e-3, batch=64, turns=1)
+UNCOMPRESSED_PHASE = Phase("uncompressed", steps=1500, learning_rate=1.5e-3)
+# Half of the documents stay uncompressed (count 0).
+VOCO_PHASE = Phase("voco", steps=2000, learning_rate=1.2e-3, counts=(*(0 for _ in VOCO_COUNTS), *VOCO_COUNTS))
+
+
+class Documents(Dataset):
+    """Seeded training documents of one phase, made as they are asked for."""
+
+    def __init__(self, phase: Phase, processor: VocoProcessor, seed: int):
+        self.phase, self.processor = phase, processor
+        self.task = DigitsTask("train", augment=True)
+        # One stream of documents per phase, none of them shared.
+        self.seed = (seed, *phase.name.encode())
+        self._ids: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.phase.steps * self.phase.batch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.task.sample((*self.seed, index), self.phase.turns)
+        rng = np.random.default_rng((*self.seed, 1, index))
+        processor, count = self.processor, int(rng.choice(self.phase.counts))
+        tokenizer = processor.tokenizer
+        ids = [tokenizer.bos_token_id, *[processor.image_token_id] * processor.num_image_tokens]
+        ids += [processor.voco_token_id] * count
+        labels = [-100] * len(ids)
+        for question in (*sample.questions, reading(sample.grid)):
+            asked = self._encode(f"{question.text} answer:")
+            answer = [*self._encode(question.answer), tokenizer.eos_token_id]
+            ids += asked + answer
+            labels += [-100] * len(asked) + answer
+        pixels = processor.image_processor([sample.image], return_tensors="pt")["pixel_values"]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return self._ids[text]
+
+
+class Cells(Documents):
+    """Images and, per vision token, the digit of its cell and the cell itself."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.task.sample((*self.seed, index), 1, ("position",))
+        pixels = self.processor.image_processor([sample.image], return_tensors="pt")["pixel_values"][0]
+        side = int(self.processor.num_image_tokens**0.5)
+        grid = torch.tensor(sample.grid)
+        cell = torch.arange(grid.numel()).view_as(grid)
+        spread = [x.repeat_interleave(side // len(grid), 0).repeat_interleave(side // len(grid), 1) for x in (grid, cell)]
+        return {"pixel_values": pixels, "labels": torch.stack([x.flatten() for x in spread])}
+
+
+class CellReader(torch.nn.Module):
+    """A linear head on the vision tower that tells digit and cell of every vision token; thrown away afterwards."""
+
+    def __init__(self, tower: torch.nn.Module, cells: int):
+        super().__init__()
+        self.tower = tower
+        self.head = torch.nn.Linear(tower.config.hidden_size, 10 + cells)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixel_values [B, 3, H, W], labels [B, 2, vision tokens] -> the loss."""
+        hidden = self.tower(pixel_values).last_hidden_state[:, 1:]
+        digit, cell = self.head(hidden).split([10, self.head.out_features - 10], dim=-1)
+        loss = torch.nn.functional.cross_entropy(digit.flatten(0, 1), labels[:, 0].flatten())
+        return {"loss": loss + torch.nn.functional.cross_entropy(cell.flatten(0, 1), labels[:, 1].flatten())}
+
+
+class Printer(TrainerCallback):
+    """One line per logging step, for a terminal or a file."""
+
+    def __init__(self, phase: Phase):
+        self.phase, self.begin = phase, time.time()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print step, loss and minutes."""
+        if logs and "loss" in logs:
+            minutes = (time.time() - self.begin) / 60
+            print(
+                f"{self.phase.name} {state.global_step}/{state.max_steps} loss {logs['loss']:.3f} {minutes:.1f} min",
+                flush=True,
+            )
+
+
+def run(phase: Phase, model: torch.nn.Module, data: Dataset, collator, seed: int, folder: Path) -> list[dict]:
+    """Train `model` in place; returns the Trainer's log."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=phase.steps,
+        per_device_train_batch_size=phase.batch,
+        learning_rate=phase.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, phase.steps // 10),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Printer(phase)]
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def train(out: Path, seed: int, scale: float, questions: int) -> None:
+    """Train both checkpoints into `out`, evaluate them, and write `training_log.json` and `results.json` beside them."""
+    set_seed(seed)
+    begin, logs = time.time(), {}
+    processor = build_processor()
+    model = VocoLlavaForConditionalGeneration(build_config(processor.tokenizer))
+    model.processor = processor
+    tower, uncompressed, voco = (
+        Phase(**{**asdict(phase), "steps": max(2, round(phase.steps * scale))})
+        for phase in (TOWER, UNCOMPRESSED_PHASE, VOCO_PHASE)
+    )
+    collator = VocoCollator(model.config)
+    reader = CellReader(model.model.vision_tower, cells=4)
+    logs["tower"] = run(tower, reader, Cells(tower, processor, seed), None, seed, out)
+    logs["uncompressed"] = run(uncompressed, model, Documents(uncompressed, processor, seed), collator, seed, out)
+    save(model, processor, out / UNCOMPRESSED.name)
+    logs["voco"] = run(voco, model, Documents(voco, processor, seed), collator, seed, out)
+    save(model, processor, out / MODEL.name)
+    minutes = (time.time() - begin) / 60
+    record = {"seed": seed, "minutes": round(minutes, 1), "threads": torch.get_num_threads(), "phases": logs}
+    record["recipe"] = [asdict(phase) for phase in (tower, uncompressed, voco)]
+    (out / "training_log.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"trained in {minutes:.1f} minutes; evaluating on held-out digits", flush=True)
+    results = evaluate_all(out / MODEL.name, out / UNCOMPRESSED.name, questions)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def save(model: VocoLlavaForConditionalGeneration, processor: VocoProcessor, folder: Path) -> None:
+    """Write a checkpoint in float16 (half the size; answers are the same), with its processor."""
+    state = {name: x.half() if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line of `make train-demo`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=MODEL.parent, help="folder of both checkpoints and the logs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all step counts (0.01 for a trial)")
+    parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.seed, arguments.scale, arguments.questions)
+
+
+if __name__ == "__main__":
+    main()
