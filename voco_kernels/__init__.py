@@ -1,8 +1,8 @@
 """Block-sparse VoCo attention and the K/V path of two-stage VoCo-LLaMA inference (arXiv 2406.12275)."""
 
 from .attention import voco_attention
-from .backends import BackendStatus, backend_status
-from .draw import draw
+from .backends import BackendStatus, backend_status, compiled_module
+from .draw import draw, draw_on
 from .kv_cache import VocoKV, extract_kv, inject_kv
 from .layout import Image, Text, VocoLayout
 from .version import __version__
@@ -15,7 +15,9 @@ __all__ = [
     "VocoLayout",
     "__version__",
     "backend_status",
+    "compiled_module",
     "draw",
+    "draw_on",
     "extract_kv",
     "inject_kv",
     "voco_attention",

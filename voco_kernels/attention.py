@@ -28,7 +28,7 @@ def voco_attention(
         q ([N, Hq, D]): queries; float16, bfloat16, float32 (or float64 for tests). Any strides.
         k, v ([N, Hkv, D]): keys and values of the same dtype and device; Hq is a multiple of Hkv.
         layout: where documents, segments and public keys lie; on the same device, N tokens.
-        scale: factor on the scores; 1/sqrt(D) where None.
+        scale: factor on the scores, above 0; 1/sqrt(D) where None.
         backend: "auto", "torch", or "reference" (dense mask, for tests). A backend that cannot serve raises.
         return_lse: also return the log-sum-exp of the scaled scores.
         check: check the layout's values again, also on a device (synchronises).
@@ -88,7 +88,10 @@ def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Voc
         reject("k", f"of the head_dim of q ({q.shape[2]})", f"of shape {list(k.shape)}")
     if q.shape[2] < 1:
         reject("q", "of head_dim at least 1", f"of shape {list(q.shape)}")
+    if q.shape[1] < 1:
+        reject("q", "of at least one head", f"of shape {list(q.shape)}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         reject("q", f"of a number of heads that is a multiple of k's ({k.shape[1]})", f"of {q.shape[1]} heads")
-    if scale is not None and not math.isfinite(scale):
-        reject("scale", "a finite number", scale)
+    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        # SDPA masks before it scales, so that a factor of 0 or below turns hidden keys into NaN.
+        reject("scale", "a finite number above 0", repr(scale))

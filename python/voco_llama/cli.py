@@ -52,8 +52,8 @@ def compress(
     for target in targets:
         if targets.count(target) > 1:
             raise ValueError(f"images must have different names, but two would be written to {target}")
-    llava = _load(model)
     opened = [_open(image) for image in images]
+    llava = _load(model)
     rows = []
     with _progress() as progress:
         task = progress.add_task("compress", total=len(images))
@@ -129,8 +129,7 @@ def info(as_json: JsonOption = False) -> None:
     """Versions, devices, and which backends can run here."""
     import torch
 
-    from voco_kernels import backend_status
-    from voco_kernels.backends import cuda
+    from voco_kernels import backend_status, compiled_module
 
     packages = ("voco-kernels", "torch", "triton", "transformers", "flash-attn", "numpy", "safetensors")
     devices = ["cpu"]
@@ -139,7 +138,7 @@ def info(as_json: JsonOption = False) -> None:
     report = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "devices": devices,
-        "compiled module": cuda.unavailable_reason() or f"built for {', '.join(cuda.load().compiled_archs())}",
+        "compiled module": compiled_module(),
         "backends": {row.name: {"serves": list(row.serves), "missing": row.reason} for row in backend_status()},
     }
     if as_json:

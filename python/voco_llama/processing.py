@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,13 @@ def open_image(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"image must be a uint8 array [H, W, 3], but was {source.dtype} of shape {list(source.shape)}"
+            )
         return Image.fromarray(source).convert("RGB")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"image must be a PIL image, a path or a uint8 array, but was {type(source).__name__}")
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
@@ -166,10 +173,11 @@ class VocoProcessor(LlavaProcessor):
 
     def _counts(self, given: int | Sequence[int], images: int) -> list[int]:
         """One VoCo count per image, checked."""
-        counts = [given] * images if isinstance(given, int) else list(given)
+        one_each = isinstance(given, list | tuple)
+        counts = list(given) if one_each else [given] * images
         if len(counts) != images:
             raise ValueError(f"num_voco_tokens must hold one number per image ({images}), but holds {len(counts)}")
-        for count in (given, *counts) if isinstance(given, int) else counts:
+        for count in counts if one_each else [given]:
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"num_voco_tokens must be an integer of at least 0, but was {count!r}")
         most = max(counts, default=0)

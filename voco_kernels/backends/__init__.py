@@ -39,6 +39,12 @@ def backend_status() -> list[BackendStatus]:
     return rows
 
 
+def compiled_module() -> str:
+    """One line on the compiled CUDA module: what it was built for, or why it is missing."""
+    module = import_module(".cuda", __package__)
+    return module.unavailable_reason() or f"built for {', '.join(module.load().compiled_archs())}"
+
+
 def load(table: dict[str, str], name: str) -> ModuleType:
     """The backend module `name`; ValueError if there is none, or if this version or machine cannot run it."""
     if name not in table:

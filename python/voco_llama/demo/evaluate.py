@@ -74,7 +74,7 @@ def load(folder: Path) -> VocoLlavaForConditionalGeneration:
     return VocoLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def evaluate_all(model_folder: Path = MODEL, uncompressed_folder: Path = UNCOMPRESSED, questions: int = 3000) -> dict:
+def evaluate_all(model_folder: Path = MODEL, uncompressed_folder: Path = UNCOMPRESSED, questions: int = 2400) -> dict:
     """Every row of the accuracy table: uncompressed, VoCo counts, another image's cache, the lower bound."""
     samples = heldout(questions)
     model, before = load(model_folder), load(uncompressed_folder)
@@ -95,15 +95,22 @@ def evaluate_all(model_folder: Path = MODEL, uncompressed_folder: Path = UNCOMPR
     return results
 
 
+def write_json(path: Path, value) -> None:
+    """Write JSON to a file that appears, or changes, as a whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
 def main() -> None:
     """Print the table; with `--out` also write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=3000)
+    parser.add_argument("--questions", type=int, default=2400)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     results = evaluate_all(questions=arguments.questions)
     if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from voco_kernels import VocoKV, VocoLayout
+from voco_kernels import Image, Text, VocoKV, VocoLayout, draw_on
 from voco_llama.flops import image_flops, llama_flops
 
 from . import MODEL
@@ -186,8 +186,6 @@ def draw_report(report: dict, samples: list[Sample], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from voco_kernels.draw import draw_on
-
     columns = len(samples)
     figure = Figure(figsize=(max(9.5, 3.4 * columns), 8.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 0.85])
@@ -225,8 +223,6 @@ def draw_report(report: dict, samples: list[Sample], path: Path) -> None:
 
 def _spans(report: dict) -> list:
     """The document of one image and one question, for the picture of its mask."""
-    from voco_kernels import Image, Text
-
     costs = {row["method"]: row["kv length"] for row in report["costs"]}
     return [Image(costs["full caching"], costs["VoCo"]), Text(10)]
 

@@ -21,7 +21,7 @@ from voco_llama import VocoCollator, VocoLlavaForConditionalGeneration, VocoProc
 from . import MODEL, UNCOMPRESSED
 from .build import VOCO_COUNTS, build_config, build_processor
 from .digits import DigitsTask, reading
-from .evaluate import evaluate_all
+from .evaluate import evaluate_all, write_json
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,10 @@ class Printer(TrainerCallback):
             )
 
 
-def run(phase: Phase, model: torch.nn.Module, data: Dataset, collator, seed: int, folder: Path) -> list[dict]:
-    """Train `model` in place; returns the Trainer's log."""
+def fit(
+    phase: Phase, model: torch.nn.Module, data: Dataset, collator, seed: int, folder: Path
+) -> list[tuple[int, float]]:
+    """Train `model` in place; returns (step, loss) pairs."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=phase.steps,
@@ -148,34 +150,45 @@ def run(phase: Phase, model: torch.nn.Module, data: Dataset, collator, seed: int
         model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Printer(phase)]
     )
     trainer.train()
-    return trainer.state.log_history
+    return [(entry["step"], round(float(entry["loss"]), 4)) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train(out: Path, seed: int, scale: float, questions: int) -> None:
+def train(out: Path, seed: int, scale: float, questions: int, resume: bool) -> None:
     """Train both checkpoints into `out`, evaluate them, and write `training_log.json` and `results.json` beside them."""
     set_seed(seed)
-    begin, logs = time.time(), {}
-    processor = build_processor()
-    model = VocoLlavaForConditionalGeneration(build_config(processor.tokenizer))
-    model.processor = processor
     tower, uncompressed, voco = (
         Phase(**{**asdict(phase), "steps": max(2, round(phase.steps * scale))})
         for phase in (TOWER, UNCOMPRESSED_PHASE, VOCO_PHASE)
     )
+    processor = build_processor()
+    log_file = out / "training_log.json"
+    if resume:
+        model = VocoLlavaForConditionalGeneration.from_pretrained(out / UNCOMPRESSED.name, dtype=torch.float32)
+        log = json.loads(log_file.read_text())
+        log["phases"] = [entry for entry in log["phases"] if entry["name"] != voco.name]
+    else:
+        model = VocoLlavaForConditionalGeneration(build_config(processor.tokenizer))
+        log = {"seed": seed, "phases": []}
+    model.processor = processor
     collator = VocoCollator(model.config)
-    reader = CellReader(model.model.vision_tower, cells=4)
-    logs["tower"] = run(tower, reader, Cells(tower, processor, seed), None, seed, out)
-    logs["uncompressed"] = run(uncompressed, model, Documents(uncompressed, processor, seed), collator, seed, out)
-    save(model, processor, out / UNCOMPRESSED.name)
-    logs["voco"] = run(voco, model, Documents(voco, processor, seed), collator, seed, out)
+
+    def run(phase: Phase, trained: torch.nn.Module, data: Dataset, collator=None) -> None:
+        begin = time.time()
+        history = fit(phase, trained, data, collator, seed, out)
+        minutes = round((time.time() - begin) / 60, 1)
+        entry = {**asdict(phase), "minutes": minutes, "threads": torch.get_num_threads(), "loss": history}
+        log["phases"].append(entry)
+        write_json(log_file, log)
+
+    if not resume:
+        run(tower, CellReader(model.model.vision_tower, cells=4), Cells(tower, processor, seed))
+        run(uncompressed, model, Documents(uncompressed, processor, seed), collator)
+        save(model, processor, out / UNCOMPRESSED.name)
+    run(voco, model, Documents(voco, processor, seed), collator)
     save(model, processor, out / MODEL.name)
-    minutes = (time.time() - begin) / 60
-    record = {"seed": seed, "minutes": round(minutes, 1), "threads": torch.get_num_threads(), "phases": logs}
-    record["recipe"] = [asdict(phase) for phase in (tower, uncompressed, voco)]
-    (out / "training_log.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"trained in {minutes:.1f} minutes; evaluating on held-out digits", flush=True)
+    print("evaluating on held-out digits", flush=True)
     results = evaluate_all(out / MODEL.name, out / UNCOMPRESSED.name, questions)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
 
 
 def save(model: VocoLlavaForConditionalGeneration, processor: VocoProcessor, folder: Path) -> None:
@@ -191,9 +204,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL.parent, help="folder of both checkpoints and the logs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all step counts (0.01 for a trial)")
-    parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the evaluation")
+    parser.add_argument("--questions", type=int, default=2400, help="held-out questions of the evaluation")
+    parser.add_argument("--resume", action="store_true", help="go on after the second phase's checkpoint in --out")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.seed, arguments.scale, arguments.questions)
+    train(arguments.out, arguments.seed, arguments.scale, arguments.questions, arguments.resume)
 
 
 if __name__ == "__main__":
