@@ -44,8 +44,8 @@ test-full: lint ## every test, also the slow ones and, on a GPU, those that need
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check
 
-bench: $(STAMP) ## measure this machine
-	$(PY) bench/run.py
+bench: $(STAMP) ## measure this machine; RESULTS=file.json keeps the numbers
+	$(PY) -m pytest bench --benchmark-only --disable-warnings $(if $(RESULTS),--results "$(RESULTS)")
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build/lib* build/bdist*

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import voco_kernels.backends.torch as torch_backend
+
 torch.set_num_threads(1)
 settings.register_profile(
     "repeatable",
@@ -14,6 +16,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def row_chunks(monkeypatch):
+    """A function that makes the torch backend cut rows into small chunks, so that short runs have inner edges."""
+
+    def cut(rows: int, long_run: int) -> None:
+        for name, value in (("ROW_CHUNK", rows), ("CPU_ROW_CHUNK", rows), ("LONG_RUN", long_run)):
+            monkeypatch.setattr(torch_backend, name, value)
+
+    return cut
 
 
 @pytest.fixture(autouse=True)

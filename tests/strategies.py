@@ -73,10 +73,10 @@ def attention_layouts(draw, isolated: bool):
     nothing where all its gradients are exactly zero (rows that see one key).
     """
     if draw(st.booleans()):
-        fixed = [Text(3), Image(4, 2), Text(4), Image(3, 2), Text(2)]
+        fixed = [Text(9), Image(9, 4), Text(9), Image(8, 3), Text(9)]
         return VocoLayout.from_spans([fixed, *draw(documents())], isolated=isolated)
-    segment = [0, 0, 5000, 5000, 5000, 5000, 0, 0, 0, -1, 5001, 5001, 5001, 5001, 5001, 0]
-    public = [True, True, False, True, False, True, True, True, True, False, False, False, True, False, True, True]
+    segment = [0] * 9 + [5000] * 13 + [0] * 9 + [-1] + [5001] * 11 + [0] * 9
+    public = [s >= 0 and (s == 0 or at % 3 == 0) for at, s in enumerate(segment)]
     pack = draw(packs())
     ends = [0, *(len(segment) + end for end in pack.cu_seqlens)]
     return Pack(segment + pack.segment, public + pack.public, ends).layout(isolated)

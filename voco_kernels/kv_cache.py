@@ -1,5 +1,6 @@
 """Compressed K/V as values of their own: take them out of a model's keys and values, keep them, put them into a cache."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,16 +50,20 @@ class VocoKV:
         for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
             if (scale is not None) != (self.k.dtype in QUANTISED_DTYPES):
                 reject(name, "given exactly where k and v are quantised", "given" if scale is not None else "None")
-            if scale is not None and (scale.shape != self.k.shape[:3] or scale.dtype != torch.float32):
-                shape = f"float32 of shape {list(self.k.shape[:3])}"
-                reject(name, shape, f"{scale.dtype} of shape {list(scale.shape)}")
+            if scale is None:
+                continue
+            like = (self.k.shape[:3], torch.float32, self.k.device)
+            if (require_tensor(name, scale).shape, scale.dtype, scale.device) != like:
+                must = f"float32 on {self.k.device} of shape {list(self.k.shape[:3])}"
+                reject(name, must, f"{scale.dtype} on {scale.device} of shape {list(scale.shape)}")
         if self.segments is not None:
             for segment in self.segments:
-                if len(segment) != 2 or not all(isinstance(n, int) and n >= 0 for n in segment):
+                is_pair = isinstance(segment, Sequence) and len(segment) == 2
+                if not is_pair or not all(isinstance(n, int) and n >= 0 for n in segment):
                     reject("segments", "a list of (vision, voco) counts", self.segments)
             if sum(voco for _, voco in self.segments) != self.num_tokens:
                 reject("segments", f"of {self.num_tokens} VoCo tokens together", self.segments)
-        if not all(isinstance(x, str) for pair in self.meta.items() for x in pair):
+        if not isinstance(self.meta, dict) or not all(isinstance(x, str) for pair in self.meta.items() for x in pair):
             reject("meta", "a dict of strings", self.meta)
 
     @property
@@ -104,6 +109,8 @@ class VocoKV:
             reject("parts", "at least one VocoKV", "an empty sequence")
         first = parts[0]
         for index, part in enumerate(parts):
+            if not isinstance(part, VocoKV):
+                reject(f"parts[{index}]", "a VocoKV", type(part).__name__)
             for name in ("k", "v"):
                 x, y = getattr(part, name), getattr(first, name)
                 if (x.shape[0], *x.shape[2:], x.dtype, x.device) != (y.shape[0], *y.shape[2:], y.dtype, y.device):
@@ -223,6 +230,10 @@ def inject_kv(
     if tuple(k_caches[0].shape[-2:]) != tuple(kv.k.shape[-2:]):
         must = f"of {kv.k.shape[2]} heads of {kv.k.shape[3]}, as kv is"
         reject("k_cache", must, f"of shape {list(k_caches[0].shape)}")
+    for name, caches in (("k_cache", k_caches), ("v_cache", v_caches)):
+        for x in caches:
+            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+                reject(name, "memory of its own for every element", f"expanded (strides {list(x.stride())})")
     _check_device("kv", kv.k, k_caches[0])
     require_integers("slots", slots, shape=(kv.num_tokens,))
     _check_device("slots", slots, k_caches[0])
@@ -310,5 +321,5 @@ def _check_rotation(positions, inv_freq, attention_scaling, tokens: int, head_di
     _check_device("inv_freq", inv_freq, like)
     if head_dim % 2:
         reject("head_dim", "even for RoPE", head_dim)
-    if not attention_scaling > 0:
-        reject("attention_scaling", "above 0", attention_scaling)
+    if not 0 < attention_scaling < math.inf:
+        reject("attention_scaling", "finite and above 0", attention_scaling)

@@ -24,7 +24,7 @@ def save(kv: VocoKV, path: str | Path) -> None:
     """Write `kv` to `path`: a new file appears whole or not at all, and an old one is replaced only by a whole one."""
     path = Path(path)
     tensors = {name: getattr(kv, name) for name in TENSORS if getattr(kv, name) is not None}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    tensors = _without_sharing({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     header = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -61,11 +61,11 @@ def load(path: str | Path) -> VocoKV:
         raise ValueError(f"{path} is damaged: its checksum does not match its contents")
     if not {"k", "v"} <= set(tensors) <= set(TENSORS):
         raise ValueError(f"{path} holds tensors {sorted(tensors)}, and a K/V cache file holds {TENSORS[:2]} and scales")
-    segments = json.loads(header["segments"])
-    segments = None if segments is None else [tuple(segment) for segment in segments]
     try:
+        segments = json.loads(header["segments"])
+        segments = None if segments is None else [tuple(segment) for segment in segments]
         return VocoKV(**tensors, segments=segments, meta=json.loads(header["meta"]))
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not hold a valid VocoKV: {error}") from error
 
 
@@ -90,6 +90,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _without_sharing(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, each in memory of its own, which safetensors asks for."""
+    used, own = set(), {}
+    for name, x in tensors.items():
+        address = x.untyped_storage().data_ptr()
+        own[name] = x.clone() if address in used else x
+        used.add(address)
+    return own
 
 
 def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:

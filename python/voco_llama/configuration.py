@@ -27,3 +27,8 @@ class VocoLlavaConfig(LlavaConfig):
     hide_prefix: bool = True
     positions: str = "continuous"
     image_start_id: int | None = 1
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; a checkpoint of llava-hf says "llava", which must not become this configuration's own type."""
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)

@@ -73,12 +73,12 @@ def compress(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, meta: d
     layout = model.layout_of(input_ids)
     rows, width = input_ids.shape
     segments, public = layout.segment_ids.view(rows, width), layout.public.view(rows, width)
-    alone = (segments > 0).all(1)
-    if not bool(alone.all()):
-        row = int((~alone).nonzero()[0])
+    inside = (segments > 0) & (segments == segments[:, :1])
+    if not bool(inside.all()):
+        row = int((~inside.all(1)).nonzero()[0])
         raise ValueError(
             f"input_ids must hold one closed segment a row (an image and its VoCo tokens, nothing else), but row {row} has "
-            f"{int((segments[row] <= 0).sum())} of {width} tokens outside of a segment; compress it in its context with "
+            f"{int((~inside[row]).sum())} of {width} tokens outside of its first segment; compress it in its context with "
             "generate(two_stage=True)"
         )
     model._check_context(layout)
@@ -177,7 +177,8 @@ def public_prompts(
     stored = None
     if voco_kv is not None:
         stored = [voco_kv] if isinstance(voco_kv, VocoKV) else list(voco_kv)
-        _check_stored(model, stored, [run for runs in documents for run in runs if run.segment])
+        segments = [(input_ids[row, run.tokens], run) for row, runs in enumerate(documents) for run in runs if run.segment]
+        _check_stored(model, stored, segments)
         stored = iter([kv.to(model.device) for kv in stored])
     embed = _Embedder(model, input_ids, layout if stored is not None else None, pixel_values)
     caches = []
@@ -221,6 +222,11 @@ class _Embedder:
         count = int(self.is_image[row, run.tokens].sum())
         if not count:
             return torch.empty(0)
+        if count % self.tokens_per_image:
+            raise ValueError(
+                f"pixel_values must hold the images of the prompt that have no K/V, but its {len(self.pixel_values)} images "
+                f"do not divide their {int(self.is_image.sum())} vision tokens"
+            )
         first = int(self.before[row, run.tokens][0]) // self.tokens_per_image
         return self.pixel_values[first : first + count // self.tokens_per_image]
 
@@ -230,7 +236,7 @@ class _Embedder:
         vision = self.is_image[row, run.tokens].to(embeds.device)
         if bool(vision.any()):
             pixels = self.pixels(row, run)
-            features = image_features(self.model, pixels.to(embeds.device, self.model.dtype)) if len(pixels) else pixels
+            features = image_features(self.model, pixels.to(embeds.device, self.model.dtype))
             if len(features) != int(vision.sum()):
                 raise ValueError(
                     f"pixel_values must hold the images of the prompt that have no K/V, but {len(features)} features stand "
@@ -247,7 +253,8 @@ def image_features(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.cat(list(features), dim=0)
 
 
-def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
+def _check_stored(model, stored: list[VocoKV], segments: list[tuple[torch.Tensor, Run]]) -> None:
+    """ValueError where K/V do not fit the segments, (token ids, run), that they stand for."""
     if len(stored) != len(segments):
         raise ValueError(f"voco_kv must hold one VocoKV per image of the prompts ({len(segments)}), but holds {len(stored)}")
     expected = {"model": model.fingerprint()}
@@ -255,7 +262,7 @@ def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
         expected["processor"] = model.processor.fingerprint()
     config = model.config.text_config
     shape = (config.num_hidden_layers, config.num_key_value_heads)
-    for i, (kv, run) in enumerate(zip(stored, segments, strict=True)):
+    for i, (kv, (ids, run)) in enumerate(zip(stored, segments, strict=True)):
         for name, value in expected.items():
             if kv.meta.get(name, value) != value:
                 raise ValueError(
@@ -269,6 +276,8 @@ def _check_stored(model, stored: list[VocoKV], segments: list[Run]) -> None:
             )
         if (kv.k.shape[0], kv.k.shape[2]) != shape:
             raise ValueError(f"voco_kv[{i}] must have [layers, heads] {list(shape)}, but was of shape {list(kv.k.shape)}")
+        if kv.meta.get("prompt", _digest(ids)) != _digest(ids):
+            raise ValueError(f"voco_kv[{i}] must be made of its segment's tokens in input_ids, but was made of others")
         if not run.closed:
             raise ValueError(
                 f"voco_kv[{i}] stands where its segment is not closed (public tokens before it, and the model is not "

@@ -34,7 +34,7 @@ def backend_status() -> list[BackendStatus]:
     rows = []
     for name in (*ATTENTION, *PLANNED):
         serves = tuple(kind for kind, table in (("attention", ATTENTION), ("kv", KV)) if name in table)
-        reason = PLANNED.get(name) or load(ATTENTION, name).unavailable_reason()
+        reason = PLANNED.get(name) or _module(ATTENTION, name).unavailable_reason()
         rows.append(BackendStatus(name, serves, reason))
     return rows
 
@@ -51,8 +51,12 @@ def load(table: dict[str, str], name: str) -> ModuleType:
         known = ", ".join(("auto", *table, *(p for p in PLANNED if p not in table)))
         reason = PLANNED.get(name)
         raise ValueError(f"backend must be one of {known}, but was {name!r}" + (f": {reason}" if reason else ""))
-    module = import_module(f".{table[name]}", __package__)
+    module = _module(table, name)
     reason = module.unavailable_reason()
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot be used here: {reason}")
     return module
+
+
+def _module(table: dict[str, str], name: str) -> ModuleType:
+    return import_module(f".{table[name]}", __package__)

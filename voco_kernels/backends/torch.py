@@ -10,13 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..layout import VocoLayout
 from ..plan import PlanCache, build_plan
 
 # Rows per masked SDPA call. 256 was the fastest of 128, 256 and 512 on a CPU (prefixes of 32 to 2,048 keys).
 ROW_CHUNK = 256
+
+# A CPU's SDPA leaves out keys behind the diagonal in steps of 512 only, so shorter runs are cut into chunks that see no more
+# keys than they need: 64 rows were 10 to 25 % faster than one causal call or chunks of 128 or 256 (runs of 128 to 700 rows,
+# one thread). From 768 rows SDPA takes larger tiles, and with a long prefix few keys are wasted: there fewer calls win.
+CPU_ROW_CHUNK = 64
+LONG_RUN = 768
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +61,16 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by SDPA calls; differentiable by autograd. `lse` costs a second, chunked matmul."""
     blocks = _blocks_of(layout)
-    q, scale = _scaled_by_power_of_two(q, scale)
+    if torch.is_grad_enabled():
+        q, scale = _scaled_by_power_of_two(q, scale)
     queries, keys, values = _gather(blocks, q, k, v)
     pieces = []
     for block, bq, bk, bv in zip(blocks, queries, keys, values, strict=True):
-        out = _block_attention(block, bq, bk, bv, scale).transpose(1, 2).flatten(0, 1)
+        out = _block_attention(block, bq, bk, bv, scale).flatten(0, 1)
         pieces.append(out if block.kept is None else out[block.kept])
-    out = q.new_zeros(q.shape)
+    # Padding rows are in no piece and stay zero.
+    is_whole = sum(piece.shape[0] for piece in pieces) == q.shape[0]
+    out = q.new_empty(q.shape) if is_whole else q.new_zeros(q.shape)
     if blocks:
         out = _Assemble.apply(out, [block.target for block in blocks], *pieces)
     else:
@@ -152,16 +161,33 @@ def _join(blocks: list[Block], own: tuple[torch.Tensor, ...], prefixes: tuple[to
 
 
 def _block_attention(block: Block, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """[batch, rows, Hq, D]"""
     shared = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if block.prefix == 0:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, **shared)
+    if block.rows >= LONG_RUN and 0 < block.prefix <= block.rows:
+        # Rows of zeros in front make it one causal square: the backward would keep all masks, O(N * N) bytes.
+        square = pad(q, (0, 0, block.prefix, 0))
+        out = scaled_dot_product_attention(square, k, v, is_causal=True, **shared)
+        return out[:, :, block.prefix :].transpose(1, 2)
+    chunk = _rows_per_call(block, q.device)
+    if block.prefix == 0 and block.rows <= chunk:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **shared).transpose(1, 2)
+    ends = [min(begin + chunk, block.rows) for begin in range(0, block.rows, chunk)]
+    seen = [(slice(None), slice(None), slice(block.prefix + end)) for end in ends]
+    chunks = _row_chunks(block, q.device, chunk)
+    parts = zip(chunks, q.split(chunk, dim=2), _Take.apply(k, seen), _Take.apply(v, seen), strict=True)
     outs = []
-    for begin, end, visible in _row_chunks(block, q.device):
-        keys = slice(0, block.prefix + end)
-        outs.append(
-            scaled_dot_product_attention(q[:, :, begin:end], k[:, :, keys], v[:, :, keys], attn_mask=visible, **shared)
-        )
-    return torch.cat(outs, dim=2)
+    for (begin, _, visible), rows, keys, values in parts:
+        square = block.prefix + begin == 0
+        mask = {"is_causal": True} if square else {"attn_mask": visible}
+        outs.append(scaled_dot_product_attention(rows, keys, values, **mask, **shared).transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
+def _rows_per_call(block: Block, device: torch.device) -> int:
+    if device.type == "cpu" and block.rows < LONG_RUN and block.prefix < block.rows:
+        return CPU_ROW_CHUNK
+    # Without a prefix one causal call serves all rows, without a mask.
+    return ROW_CHUNK if block.prefix else block.rows
 
 
 def _block_lse(block: Block, q: torch.Tensor, k: torch.Tensor, scale: float, wide: torch.dtype) -> torch.Tensor:
@@ -173,10 +199,11 @@ def _block_lse(block: Block, q: torch.Tensor, k: torch.Tensor, scale: float, wid
     return torch.cat(parts, dim=2)
 
 
-def _row_chunks(block: Block, device: torch.device):
+def _row_chunks(block: Block, device: torch.device, chunk: int | None = None):
     """(begin, end, bool [end - begin, prefix + end]) of chunks of rows and the keys that each of them sees."""
-    for begin in range(0, block.rows, ROW_CHUNK):
-        end = min(begin + ROW_CHUNK, block.rows)
+    chunk = chunk or ROW_CHUNK
+    for begin in range(0, block.rows, chunk):
+        end = min(begin + chunk, block.rows)
         visible = torch.ones(end - begin, block.prefix + end, dtype=torch.bool, device=device)
         yield begin, end, visible.tril_(block.prefix + begin)
 
@@ -219,11 +246,11 @@ class _Assemble(torch.autograd.Function):
         return None, None, *(grad[target] for target in ctx.targets)
 
 
-def _add_rows(total: torch.Tensor, rows: slice | torch.Tensor, x: torch.Tensor) -> None:
-    if isinstance(rows, slice):
-        total[rows] += x
-    else:
+def _add_rows(total: torch.Tensor, rows: slice | tuple[slice, ...] | torch.Tensor, x: torch.Tensor) -> None:
+    if isinstance(rows, torch.Tensor):
         total.index_add_(0, rows, x)
+    else:
+        total[rows] += x
 
 
 def _build_blocks(layout: VocoLayout) -> list[Block]:

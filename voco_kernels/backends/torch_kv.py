@@ -20,17 +20,15 @@ def extract_kv(keys, values, index, positions, inv_freq, attention_scaling):
 
 def inject_kv(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
     """Rotate keys to their positions and write keys and values into the caches' slots; slot -1 is skipped."""
-    cos, sin = _angles(positions, inv_freq)
+    cos, sin = (x * attention_scaling for x in _angles(positions, inv_freq))
     written = slots >= 0
     if not bool(written.all()):
         k, v, slots, cos, sin = k[:, written], v[:, written], slots[written], cos[written], sin[written]
         k_scale, v_scale = (s if s is None else s[:, written] for s in (k_scale, v_scale))
     for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
-        rotated = _rotate(_dequantised(k, k_scale, layer), cos, sin) * attention_scaling
-        _write(k_cache, slots, rotated.to(k_cache.dtype))
+        _write(k_cache, slots, _rotate(_dequantised(k, k_scale, layer), cos, sin))
         # Values are copied: no detour through float32 unless they are quantised.
-        value = v[layer] if v_scale is None else _dequantised(v, v_scale, layer)
-        _write(v_cache, slots, value.to(v_cache.dtype))
+        _write(v_cache, slots, v[layer] if v_scale is None else _dequantised(v, v_scale, layer))
 
 
 def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +40,11 @@ def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tens
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Half-split RoPE of x [..., T, H, D] (RoFormer, arXiv 2104.09864, in the layout of LLaMA); `-sin` undoes it."""
     low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out_low, out_high = rotated.chunk(2, dim=-1)
+    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    return rotated
 
 
 def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, layer: int) -> torch.Tensor:
@@ -51,6 +53,6 @@ def _dequantised(x: torch.Tensor, scale: torch.Tensor | None, layer: int) -> tor
 
 def _write(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     if cache.ndim == 3:
-        cache[slots] = rows
+        cache.index_copy_(0, slots.long(), rows.to(cache.dtype))
     else:
-        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows.to(cache.dtype)

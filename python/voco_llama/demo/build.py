@@ -14,7 +14,7 @@ from .digits import CELL, vocabulary
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<voco>")
 PATCH = 4  # pixels of one vision token, each way
-VOCO_COUNTS = (1, 2, 4, 8)  # VoCo tokens per image that the model is trained with
+MAX_VOCO = 8  # VoCo tokens per image that the model is trained with, at most
 DEFAULT_VOCO = 2
 INITIAL_STD = 0.06  # transformers' 0.02 is meant for layers ten times as wide, and learns much slower here
 # Images first, then the question; the answer is one word.
@@ -102,7 +102,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL)
         initializer_range=INITIAL_STD,
         voco_token_id=tokenizer.convert_tokens_to_ids("<voco>"),
         num_voco_tokens=DEFAULT_VOCO,
-        max_voco_tokens=max(VOCO_COUNTS),
+        max_voco_tokens=MAX_VOCO,
         image_start_id=tokenizer.bos_token_id,
     )
 
@@ -117,6 +117,6 @@ def build_processor() -> VocoProcessor:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
         num_voco_tokens=DEFAULT_VOCO,
-        max_voco_tokens=max(VOCO_COUNTS),
+        max_voco_tokens=MAX_VOCO,
         image_start_token="<s>",
     )

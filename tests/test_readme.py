@@ -1,0 +1,71 @@
+"""The README does what it shows, and shows what was measured."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from voco_llama.demo import MODEL
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_commands_run_as_written(folder):
+    ours = [shlex.split(line) for line in commands() if line.startswith("voco ")]
+    assert {words[1] for words in ours} == {"demo", "compress", "ask", "info"}
+    for words in ours:
+        command = [sys.executable, "-m", "voco_llama.cli", *words[1:]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (words, done.stderr)
+
+
+def test_examples_run_as_written(folder):
+    # After the commands, in one folder, as a reader would.
+    assert (folder / "voco-demo").is_dir(), "test_commands_run_as_written must run first"
+    for block in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {line.split()[1] for line in commands() if line.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_paths_exist():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_accuracies_are_the_recorded_ones():
+    results = json.loads((MODEL.parent / "results.json").read_text())
+    for name, row in results["rows"].items():
+        figures = [f"{100 * row[kind]['accuracy']:.1f}" for kind in ("position", "all")]
+        line = next((line for line in README.splitlines() if line.startswith(f"| {name} ")), None)
+        if name != "upper bound":
+            assert line and all(figure in line for figure in figures), name
+
+
+def test_one_screen():
+    assert len(README.splitlines()) <= 110
