@@ -164,6 +164,22 @@ def assert_error_rule(name: str, x, eager, x64, kinds) -> None:
         assert error <= bound, f"{name}, {kind} rows: error {error:.3e}, bound {bound:.3e} (eager {allowed:.3e})"
 
 
+def assert_rounded_once(name: str, x, eager32, x64) -> None:
+    """`x` is a float32 result that was rounded once to the dtype of x.
+
+    Each element may be off by what rounding the truth to that dtype costs, and by what the error rule grants in float32,
+    where `eager32` is the eager implementation.
+    """
+    assert x.shape == eager32.shape == x64.shape and eager32.dtype == torch.float32
+    if not x.numel():
+        return
+    allowed = (eager32.double() - x64).abs().max()
+    granted = 2 * allowed + 4 * torch.finfo(torch.float32).eps * x64.abs().max()
+    rounding = (x64.to(x.dtype).double() - x64).abs()
+    excess = ((x.double() - x64).abs() - rounding).max()
+    assert excess <= granted, f"{name}: {excess:.3e} further off than one rounding, granted {granted:.3e}"
+
+
 def assert_attention(runs, layout, scale: float | None = None) -> None:
     """Hold attention of a layout to the error rule.
 

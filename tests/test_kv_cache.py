@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import assert_error_rule, eager_rotated, rotated
+from reference import assert_error_rule, assert_rounded_once, eager_rotated, rotated
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -96,8 +96,8 @@ def test_inject_into_every_form(form, dtype, index_dtype):
     inject_kv(kv, k_cache, v_cache, slots.to(index_dtype), POSITIONS.to(index_dtype), INV_FREQ, 1.25)
     kept, named = slots >= 0, slots[slots >= 0]
     k, v = read_k(), read_v()
-    expected = rotated(kv.k, POSITIONS, INV_FREQ, 1.25), eager_rotated(kv.k, POSITIONS, INV_FREQ, 1.25)
-    assert_tokens("k_cache", k[:, named], expected[1][:, kept], expected[0][:, kept])
+    true, eager = rotated(kv.k, POSITIONS, INV_FREQ, 1.25), eager_rotated(kv.k.float(), POSITIONS, INV_FREQ, 1.25)
+    assert_rounded_once("k_cache", k[:, named], eager[:, kept], true[:, kept])
     assert torch.equal(v[:, named], kv.v[:, kept])
     untouched = torch.ones(12, dtype=torch.bool)
     untouched[named] = False
@@ -133,9 +133,9 @@ def test_extract_from_every_form(form, dtype, index_dtype):
     kv = extract_kv(keys, values, index.to(index_dtype), POSITIONS.to(index_dtype), INV_FREQ, 1.25)
     assert kv.k.dtype == kv.v.dtype == dtype and kv.k_scale is None and kv.segments is None
     expected = rotated(all_keys[:, index], POSITIONS, INV_FREQ, 1.25, inverse=True)
-    # R(-p) is R(p) of the negative position; scaling by 1.25 and dividing by it twice rounds as dividing once does.
-    eager = eager_rotated(all_keys[:, index], -POSITIONS, INV_FREQ, 1 / 1.25)
-    assert_tokens("k", kv.k, eager, expected)
+    # R(-p) is the rotation to the negative position.
+    eager = eager_rotated(all_keys[:, index].float(), -POSITIONS, INV_FREQ, 1 / 1.25)
+    assert_rounded_once("k", kv.k, eager, expected)
     assert torch.equal(kv.v, all_values[:, index])
 
 
@@ -165,8 +165,7 @@ def test_inject_casts_once(dtype, cache_dtype):
     k_cache, v_cache = (torch.full((L, T, H, D), SENTINEL, dtype=cache_dtype) for _ in "kv")
     inject_kv(kv, k_cache, v_cache, torch.arange(T), POSITIONS, INV_FREQ)
     true = rotated(kv.k, POSITIONS, INV_FREQ)
-    # One rounding of a float32 result is what the cache may differ by from the truth.
-    assert_tokens("k_cache", k_cache, eager_rotated(kv.k.float(), POSITIONS, INV_FREQ).to(cache_dtype), true)
+    assert_rounded_once("k_cache", k_cache, eager_rotated(kv.k.float(), POSITIONS, INV_FREQ), true)
     assert torch.equal(v_cache, kv.v.to(cache_dtype))
 
 
@@ -180,8 +179,8 @@ def test_inject_dequantises(dtype, cache_dtype):
     inject_kv(kv, k_cache, v_cache, slots, POSITIONS, INV_FREQ, 0.8)
     k, v = kv.k.float() * kv.k_scale[..., None], kv.v.float() * kv.v_scale[..., None]
     true = rotated(kv.k.double() * kv.k_scale[..., None].double(), POSITIONS, INV_FREQ, 0.8)
-    eager = eager_rotated(k, POSITIONS, INV_FREQ, 0.8).to(cache_dtype)
-    assert_tokens("k_cache", k_cache[:, named], eager[:, kept], true[:, kept])
+    eager = eager_rotated(k, POSITIONS, INV_FREQ, 0.8)
+    assert_rounded_once("k_cache", k_cache[:, named], eager[:, kept], true[:, kept])
     assert torch.equal(v_cache[:, named], v[:, kept].to(cache_dtype))
     assert (k_cache[:, [1, 2, 5, 6]] == SENTINEL).all() and (v_cache[:, [1, 2, 5, 6]] == SENTINEL).all()
 

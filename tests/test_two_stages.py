@@ -83,7 +83,7 @@ def test_two_stages_equal_the_masked_pass(model, positions, isolated, document, 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     document=conversations(),
     isolated=st.booleans(),
