@@ -322,7 +322,8 @@ def test_attached_generate_with_a_static_cache_object(model):
     reference = masked_eager(model, build)
     attach(model, build)
     cache = StaticCache(model.config, max_cache_len=40)
-    for rows in (PROMPTS["different numbers of public keys"], ["bttttttt", "btttttt", "bttttt"], ["bvvccttt"] * 3):
+    padded, plain = ["bttttttt", "btttttt", "bttttt"], ["bttttttt"] * 3
+    for rows in (PROMPTS["different numbers of public keys"], plain, ["bvvccttt", "bt", "bvct"], padded, ["bvvccttt"] * 3):
         ids, mask = batch_of(*rows)
         got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GENERATED)
         assert torch.equal(got, reference(ids, attention_mask=mask))
