@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-demo test test-full lint bench wheel clean
+.PHONY: help env demo train-demo test test-full lint bench gpu-check wheel clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ lint: $(STAMP) ## check the style
 
 bench: $(STAMP) ## measure this machine; RESULTS=file.json keeps the numbers
 	$(PY) -m pytest bench --benchmark-only --disable-warnings $(if $(RESULTS),--results "$(RESULTS)")
+
+gpu-check: $(STAMP) ## test, check and time the kernels on an NVIDIA GPU, and record it; COMMIT=... outside of git
+	$(PY) -m bench.gpu_check $(if $(COMMIT),--commit "$(COMMIT)")
 
 wheel: $(STAMP) ## build the wheel into dist/
 	rm -rf build/lib* build/bdist*

@@ -1,10 +1,11 @@
 """The shapes that benchmarks measure, each with the reason why it is one of them, and the work that is useful in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from voco_kernels import Image, Text, VocoLayout
+from voco_kernels.tiles import useful_pairs
 
 MATMULS_FORWARD = 2  # scores, and weights times values
 MATMULS_BACKWARD = 5  # scores again, dV, dWeights, dQ, dK
@@ -31,6 +32,29 @@ class AttentionShape:
         matmuls = MATMULS_FORWARD + (MATMULS_BACKWARD if backward else 0)
         return 2 * matmuls * useful_pairs(self.layout()) * self.heads * self.head_dim
 
+    def moved_bytes(self, dtype: torch.dtype, *, backward: bool) -> int:
+        """Bytes of q, k, v and out, read or written once.
+
+        A backward reads q, k, v and out again, and the gradient of out, and writes the gradients of q, k and v.
+        """
+        tensors = 2 + (4 if backward else 0)  # of each: q's heads, and k's heads
+        return self.layout().num_tokens * tensors * (self.heads + self.kv_heads) * self.head_dim * dtype.itemsize
+
+    def shrunk(self, most_tokens: int = 4096, key_heads: int = 1) -> "AttentionShape":
+        """The same with few spans, documents and heads, for which N * N numbers fit into memory.
+
+        Long documents keep their first spans and the last one; then as many documents are kept as fit, at least one.
+        """
+        documents = [d if len(d) <= 6 else (*d[:5], d[-1]) for d in self.documents]
+        while len(documents) > 1 and sum(map(_tokens, documents)) > most_tokens:
+            documents.pop()
+        group = self.heads // self.kv_heads
+        return replace(self, documents=tuple(documents), heads=group * key_heads, kv_heads=key_heads)
+
+
+def _tokens(document: tuple[Text | Image, ...]) -> int:
+    return sum(span.length if isinstance(span, Text) else span.vision + span.voco for span in document)
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -55,22 +79,6 @@ class KVShape:
         return 2 * 2 * self.layers * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
 
 
-def useful_pairs(layout: VocoLayout) -> int:
-    """How many (query, key) pairs the mask of a layout allows, in O(N)."""
-    segment, public = layout.segment_ids.long(), layout.public.long()
-    lengths = layout.cu_seqlens.long().diff()
-    index = torch.arange(layout.num_tokens)
-    begin = layout.cu_seqlens[:-1].long().repeat_interleave(lengths)
-    until = torch.cat([public.new_zeros(1), public.cumsum(0)])  # public keys before a token of the pack
-    _, run = segment.unique_consecutive(return_inverse=True)
-    run_start = torch.full_like(index, layout.num_tokens).scatter_reduce(0, run, index, "amin")[run]
-    seen_by_open = until[index + 1] - until[begin]
-    seen_by_segment = index - run_start + 1
-    if not layout.isolated:
-        seen_by_segment = seen_by_segment + until[run_start] - until[begin]
-    return int(torch.where(segment > 0, seen_by_segment, seen_by_open)[segment >= 0].sum())
-
-
 ATTENTION = {
     shape.name: shape
     for shape in (
@@ -87,6 +95,63 @@ ATTENTION = {
             "94 % empty",
             ((*(Image(vision=256, voco=2) for _ in range(16)), Text(128)),),
             isolated=True,
+        ),
+    )
+}
+
+# A LLaMA-7B layer: 32 heads of 128. About 16k tokens, a common pack, except for the long video.
+_VIDEO = ((*(Image(vision=256, voco=2) for _ in range(64)), Text(256)),)
+GPU = {
+    shape.name: shape
+    for shape in (
+        AttentionShape(
+            "sft",
+            "image-instruction data, packed: one 24 x 24 image and an answer a document; it replaces a padded batch with a "
+            "dense mask",
+            ((Image(vision=576, voco=2), Text(300)),) * 19,
+            isolated=True,
+            heads=32,
+            kv_heads=32,
+        ),
+        AttentionShape(
+            "anyres",
+            "images of five crops: segments so long that nothing but matmuls counts; flash-attention is at its best",
+            ((Image(vision=2880, voco=8), Text(400)),) * 5,
+            isolated=True,
+            heads=32,
+            kv_heads=32,
+        ),
+        AttentionShape(
+            "video",
+            "64 frames that do not see each other, then text: what tiles that end with a frame are made for",
+            _VIDEO,
+            isolated=True,
+            heads=32,
+            kv_heads=32,
+        ),
+        AttentionShape(
+            "long_video",
+            "256 frames: 68k tokens, for which nobody has room for a mask",
+            ((*(Image(vision=256, voco=8) for _ in range(256)), Text(512)),),
+            isolated=True,
+            heads=32,
+            kv_heads=32,
+        ),
+        AttentionShape(
+            "chat",
+            "16 turns with an image each, in which images see the conversation before them: no varlen split without copies",
+            (tuple(span for _ in range(16) for span in (Text(64), Image(vision=576, voco=2), Text(128))),),
+            isolated=False,
+            heads=32,
+            kv_heads=32,
+        ),
+        AttentionShape(
+            "gqa",
+            "the video with 8 key heads, as newer models have them",
+            _VIDEO,
+            isolated=True,
+            heads=32,
+            kv_heads=8,
         ),
     )
 }

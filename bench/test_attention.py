@@ -13,9 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.measure import Candidate
-from bench.shapes import ATTENTION, AttentionShape, useful_pairs
+from bench.shapes import ATTENTION, AttentionShape
 from tests.reference import assert_error_rule, dense_results, kinds_of, mask_of_layout
 from voco_kernels import VocoLayout, voco_attention
+from voco_kernels.tiles import useful_pairs
 
 # Ratios that the library is built for: peer's median over the library's.
 FORWARD_TARGET = {"image": 2.7, "frames": 11.0}

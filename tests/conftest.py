@@ -1,10 +1,18 @@
 """Every test is repeatable: one thread, one seed, and hypothesis examples that are the same in every run."""
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import voco_kernels.backends.torch as torch_backend
+
+# Without a GPU, kernels are interpreted; Triton decides at its import. With one, the same tests run there.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
+    triton_interpreter.install()
 
 torch.set_num_threads(1)
 settings.register_profile(

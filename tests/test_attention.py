@@ -370,10 +370,9 @@ def test_bad_input(name):
         voco_attention(**(good | change(good["q"], good["k"], good["v"])))
 
 
-@pytest.mark.parametrize("backend", ["flash", "triton", "cuda"])
-def test_planned_backends_give_the_reason(backend):
-    with pytest.raises(ValueError, match=rf"^backend must be one of auto, .* but was '{backend}': .*not part of this"):
-        voco_attention(**attention_arguments(), backend=backend)
+def test_planned_backends_give_the_reason():
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, .* but was 'cuda': .*not part of this"):
+        voco_attention(**attention_arguments(), backend="cuda")
 
 
 @pytest.mark.parametrize(

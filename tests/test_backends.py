@@ -99,12 +99,14 @@ def test_arrows_point_one_way(path):
     if path.parent.name != "integrations":
         assert not {name for name in names if within(name, "voco_kernels.integrations")}
         assert not {name for name in names if within(name, "transformers")}
-    if path.parent == LIBRARY / "backends" and path.name != "__init__.py":
-        other = {name for name in names if within(name, "voco_kernels.backends")}
+    place = path.relative_to(LIBRARY).parts
+    if place[0] == "backends" and place[1] != "__init__.py":
+        own = f"voco_kernels.backends.{place[1].removesuffix('.py')}"
+        other = {name for name in names if within(name, "voco_kernels.backends") and not within(name, own)}
         assert not other, f"a backend imports {other}"
         public = {f"voco_kernels.{name}" for name in ("attention", "ops", "kv_cache", "kv_file", "draw")}
         assert not {name for name in names for module in public if within(name, module)}
-    if path.name in ("layout.py", "plan.py", "errors.py"):
+    if path.parent == LIBRARY and path.name in ("layout.py", "plan.py", "tiles.py", "errors.py"):
         assert not {name for name in names if within(name, "voco_kernels.backends")}
 
 
@@ -123,14 +125,20 @@ def test_every_backend_of_the_contract_has_a_row():
     assert set(rows) == {"reference", "torch", "flash", "triton", "cuda"}
     assert rows["torch"].serves == ("attention", "kv") and rows["torch"].reason is None
     assert rows["reference"].serves == ("attention",) and rows["reference"].reason is None
-    for name in ("flash", "triton", "cuda"):
-        assert rows[name].serves == () and "not part of this version" in rows[name].reason
+    for name in ("flash", "triton"):
+        assert rows[name].serves == ("attention",)
+    assert rows["cuda"].serves == () and "not part of this version" in rows["cuda"].reason
 
 
 @pytest.mark.parametrize("table", [backends.ATTENTION, backends.KV], ids=["attention", "kv"])
 def test_unknown_backends_are_named(table):
-    with pytest.raises(ValueError, match=r"^backend must be one of auto, .*torch.*flash.*cuda, but was 'fast'$"):
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, .*torch.*cuda, but was 'fast'$"):
         backends.load(table, "fast")
+
+
+def test_a_backend_of_attention_does_not_serve_the_kv_path():
+    with pytest.raises(ValueError, match=r"but was 'triton': it serves attention only$"):
+        backends.load(backends.KV, "triton")
 
 
 def test_a_backend_that_the_machine_cannot_run_gives_its_reason(monkeypatch):

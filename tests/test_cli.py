@@ -52,7 +52,7 @@ def test_ask_about_two_sources_and_uncompressed(folder):
 def test_info_says_why_backends_are_missing(folder):
     report = json.loads(voco("info", "--json", cwd=folder).stdout)
     assert report["backends"]["torch"]["missing"] is None
-    assert report["backends"]["triton"]["missing"]
+    assert report["backends"]["cuda"]["missing"]
     assert report["versions"]["torch"]
 
 

@@ -35,7 +35,7 @@ def assert_backward(layout, dtype, heads, backend, strided=False):
     grad = torch.randn_like(q)
     if strided:
         q, k, v, grad = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, grad))
-    got = BACKENDS[backend].attention_backward(grad, q, k, v, layout, 0.25)
+    got = BACKENDS[backend].attention_backward(grad, q, k, v, None, None, layout, 0.25)
     assert [g.dtype for g in got] == [dtype] * 3
     assert_attention([(dict(zip(("dq", "dk", "dv"), got)), (q, k, v, grad))], layout)
 
@@ -82,7 +82,8 @@ def test_opcheck_attention_of_other_dtypes_and_padding(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_attention_backward(backend):
     q, k, v, *rest, _ = attention_arguments(LAYOUT, backend, False, False)
-    torch.library.opcheck(torch.ops.voco.attention_backward.default, (torch.randn_like(q), q, k, v, *rest))
+    results = torch.randn_like(q), torch.empty(0)
+    torch.library.opcheck(torch.ops.voco.attention_backward.default, (torch.randn_like(q), q, k, v, *results, *rest))
 
 
 @pytest.mark.parametrize("rotate", [False, True])

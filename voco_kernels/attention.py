@@ -29,7 +29,9 @@ def voco_attention(
         k, v ([N, Hkv, D]): keys and values of the same dtype and device; Hq is a multiple of Hkv.
         layout: where documents, segments and public keys lie; on the same device, N tokens.
         scale: factor on the scores, above 0; 1/sqrt(D) where None.
-        backend: "auto", "torch", or "reference" (dense mask, for tests). A backend that cannot serve raises.
+        backend: "auto" ("triton" where it can serve the inputs, else "torch"), "triton", "torch", "flash" (the varlen
+            split over FlashAttention: isolated layouts with trailing text), or "reference" (dense mask, for tests). A
+            backend that cannot serve raises.
         return_lse: also return the log-sum-exp of the scaled scores.
         check: check the layout's values again, also on a device (synchronises).
 
@@ -51,20 +53,12 @@ def voco_attention(
     if check:
         check_ids(layout.segment_ids, layout.public, layout.cu_seqlens)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    backend = _choose(q, backend)
     if torch.compiler.is_compiling():
         out, lse = ops.attention(q, k, v, layout, scale, backend, return_lse)
     else:
-        module = backends.load(backends.ATTENTION, backend)
-        reason = module.unsupported_reason(q, layout)
-        if reason is not None:
-            raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
+        module = backends.load_for(backends.resolved(backend, q), q, layout)
         out, lse = module.attention(q, k, v, layout, scale, return_lse)
     return (out, lse) if return_lse else out
-
-
-def _choose(q: torch.Tensor, backend: str) -> str:
-    return "torch" if backend == "auto" else backend
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float | None) -> None:

@@ -5,11 +5,15 @@ the predicate of `VocoLayout.dense_mask`; attention backends read the same integ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import reject, require_integers, require_tensor
+
+if TYPE_CHECKING:
+    from .tiles import TilePlan
 
 POSITION_POLICIES = ("continuous", "compact")
 
@@ -45,6 +49,7 @@ class VocoLayout:
         cu_seqlens (int32 [B+1]): document b holds tokens cu_seqlens[b] to cu_seqlens[b+1]; documents may be empty.
         position_ids (int64 [N]): RoPE position of each token; 0 for padding.
         isolated: True if segments see nothing outside themselves; else they see earlier public keys too.
+        tiles: what `prepare` made; None before.
     """
 
     segment_ids: torch.Tensor
@@ -52,6 +57,8 @@ class VocoLayout:
     cu_seqlens: torch.Tensor
     position_ids: torch.Tensor
     isolated: bool
+    # Not a field of the constructor, so that `dataclasses.replace` never takes it to a layout that it is not the plan of.
+    tiles: "TilePlan | None" = field(default=None, init=False, repr=False)
 
     # ---- constructors ------------------------------------------------------------------------------------------------
 
@@ -249,11 +256,47 @@ class VocoLayout:
         return self.segment_ids.device
 
     def to(self, device: torch.device | str) -> "VocoLayout":
-        """The same layout on `device`; `self` if it is there already."""
+        """The same layout on `device`, with its tiles where it has them; `self` if it is there already."""
         if torch.device(device) == self.device:
             return self
         moved = (t.to(device) for t in (self.segment_ids, self.public, self.cu_seqlens, self.position_ids))
-        return VocoLayout(*moved, self.isolated)
+        layout = VocoLayout(*moved, self.isolated)
+        return layout if self.tiles is None else layout._keep(self.tiles.to(device))
+
+    def prepare(self) -> "VocoLayout":
+        """Work out the tiles that GPU backends need, and return the layout itself.
+
+        Meant for a data loader: tiles travel with the layout through `to` and pickling, and the device has nothing left to
+        do. Without it they are made at the layout's first use, on its device and without synchronising with it.
+        """
+        from .planning import prepared_tiles
+
+        return self._keep(prepared_tiles(self))
+
+    def _keep(self, tiles: "TilePlan") -> "VocoLayout":
+        from .tiles import keep
+
+        object.__setattr__(self, "tiles", tiles)
+        keep(self, tiles)
+        return self
+
+    def tile_efficiency(self, head_dim: int = 128, backend: str = "triton", *, which: str = "forward") -> float:
+        """Useful (query, key) pairs divided by those that a backend's kernel computes, counted from its tiles.
+
+        Args:
+            head_dim: 32 to 256; launch parameters depend on it. They are those for bfloat16 on sm_90.
+            backend: "triton", the one with tiles.
+            which: "forward", or one of the two kernels of the backward pass, "dq" and "dkv".
+
+        Returns:
+            0 to 1; 1 where nothing is computed. Synchronises where the layout is on a device.
+
+        Raises:
+            ValueError: another backend, head_dim or kernel.
+        """
+        from .planning import tile_efficiency
+
+        return tile_efficiency(self, head_dim, backend, which)
 
     def dense_mask(self) -> torch.Tensor:
         """bool [N, N], True where query i (row) sees key j (column). For tests and pictures: it costs N * N bytes."""

@@ -14,7 +14,7 @@ from .layout import VocoLayout
 def attention(
     q: Tensor, k: Tensor, v: Tensor, layout: VocoLayout, scale: float, backend: str, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """`voco::attention` on a layout's tensors: (out, lse); lse is empty unless `return_lse`."""
+    """`voco::attention` on a layout's tensors: (out, lse); lse may be empty unless `return_lse`."""
     return voco_attention_op(
         q, k, v, layout.segment_ids, layout.public, layout.cu_seqlens, layout.isolated, scale, backend, return_lse
     )
@@ -39,15 +39,16 @@ def voco_attention_op(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `voco_kernels.voco_attention`."""
-    module = backends.load(backends.ATTENTION, backend)
-    layout = _layout(segment_ids, public, cu_seqlens, isolated)
-    out, lse = module.attention(q, k, v, layout, scale, return_lse)
-    return out.contiguous(), _empty_lse(q) if lse is None else lse
+    layout, backend = _layout(segment_ids, public, cu_seqlens, isolated), backends.resolved(backend, q)
+    keep_lse = return_lse or backend in backends.BACKWARD_READS_LSE
+    out, lse = backends.load_for(backend, q, layout).attention(q, k, v, layout, scale, keep_lse)
+    return out.contiguous(), _empty_lse(q) if lse is None else lse.contiguous()
 
 
 @voco_attention_op.register_fake
 def _(q, k, v, segment_ids, public, cu_seqlens, isolated, scale, backend, return_lse):
-    lse = q.new_empty(q.shape[:2], dtype=_empty_lse(q).dtype) if return_lse else _empty_lse(q)
+    keep_lse = return_lse or backends.resolved(backend, q) in backends.BACKWARD_READS_LSE
+    lse = q.new_empty(q.shape[:2], dtype=_empty_lse(q).dtype) if keep_lse else _empty_lse(q)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -57,6 +58,8 @@ def voco_attention_backward_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     segment_ids: Tensor,
     public: Tensor,
     cu_seqlens: Tensor,
@@ -64,20 +67,20 @@ def voco_attention_backward_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of `voco::attention`."""
-    module = backends.load(backends.ATTENTION, backend)
+    """(dq, dk, dv) of `voco::attention`, whose results `out` and `lse` are."""
     layout = _layout(segment_ids, public, cu_seqlens, isolated)
-    return tuple(g.contiguous() for g in module.attention_backward(grad_out, q, k, v, layout, scale))
+    module = backends.load_for(backends.resolved(backend, q), q, layout)
+    return tuple(g.contiguous() for g in module.attention_backward(grad_out, q, k, v, out, lse, layout, scale))
 
 
 @voco_attention_backward_op.register_fake
-def _(grad_out, q, k, v, segment_ids, public, cu_seqlens, isolated, scale, backend):
+def _(grad_out, q, k, v, out, lse, segment_ids, public, cu_seqlens, isolated, scale, backend):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.isolated, ctx.scale, ctx.backend, _ = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, *ids, ctx.isolated, ctx.scale, ctx.backend, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, *ids)
     ctx.mark_non_differentiable(output[1])
 
 

@@ -73,7 +73,7 @@ def build_plan(layout: VocoLayout) -> TwoRangePlan:
 
 
 class PlanCache:
-    """Keeps what a backend derived from a layout for as long as the layout's tensors live.
+    """Keeps what was derived from a layout, by default by `build`, for as long as the layout's tensors live.
 
     The key is the layout's `segment_ids` tensor, because that object also reaches a registered op inside a compiled graph,
     where the layout itself does not.
@@ -83,19 +83,23 @@ class PlanCache:
         self._build = build
         self._entries = WeakTensorKeyDictionary()
 
-    def __call__(self, layout: VocoLayout):
-        key = (
-            layout.isolated,
-            layout.cu_seqlens.data_ptr(),
-            layout.public.data_ptr(),
-            *(_version(t) for t in (layout.segment_ids, layout.public, layout.cu_seqlens)),
-        )
+    def __call__(self, layout: VocoLayout, build=None):
+        """What is kept for the layout; made now, and kept, where there is nothing."""
         entry = self._entries.get(layout.segment_ids)
-        if entry is None or entry[0] != key:
-            # The tensors in the entry keep the addresses in its key from being used again.
-            entry = (key, self._build(layout), layout.cu_seqlens, layout.public)
-            self._entries[layout.segment_ids] = entry
+        if entry is None or entry[0] != _key(layout):
+            return self.put(layout, (build or self._build)(layout))
         return entry[1]
+
+    def put(self, layout: VocoLayout, plan):
+        """Keep `plan` for the layout, and return it."""
+        # The tensors in the entry keep the addresses in its key from being used again.
+        self._entries[layout.segment_ids] = (_key(layout), plan, layout.cu_seqlens, layout.public)
+        return plan
+
+
+def _key(layout: VocoLayout) -> tuple:
+    tensors = (layout.segment_ids, layout.public, layout.cu_seqlens)
+    return layout.isolated, layout.cu_seqlens.data_ptr(), layout.public.data_ptr(), *map(_version, tensors)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -33,9 +33,19 @@ def attention(
 
 
 def attention_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: VocoLayout,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) by autograd's formulas written out, for graphs in which a registered operator stands."""
+    """(dq, dk, dv) by autograd's formulas written out, for graphs in which a registered operator stands.
+
+    `out` and `lse` are not read.
+    """
     heads_kv = k.shape[1]
     groups = q.shape[1] // heads_kv
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

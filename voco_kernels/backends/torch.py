@@ -88,11 +88,19 @@ def attention(
 
 
 def attention_backward(
-    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: VocoLayout,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) with recomputed weights, a chunk of rows at a time, in float32 (float64 for float64).
 
-    Only a compiled graph needs it: the registered operator runs below autograd, where SDPA records nothing.
+    `out` and `lse` are not read. Only a compiled graph needs it: the registered operator runs below autograd, where SDPA
+    records nothing.
     """
     blocks = _blocks_of(layout)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

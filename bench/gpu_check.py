@@ -1,0 +1,308 @@
+"""`make gpu-check`: test, check and time the kernels on this machine's NVIDIA GPU, and record what was verified.
+
+One step that fails does not stop the others. The exit status is 0 where all passed, 1 where something failed, and 2 where
+there is no GPU. Peers that cannot run, and targets that are missed, are no failures.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from bench import gpu_checks, gpu_peers, gpu_timing, verified
+from bench.conftest import describe_machine
+from bench.gpu_table import table_lines
+from bench.measure import Comparison, Row
+from bench.shapes import GPU, AttentionShape
+
+FORMAT_VERSION = 1
+# Seconds that stay for timing however long tests and sanitizers take, and what compiling FlexAttention for a shape may need.
+TIMING_RESERVE, FLEX_RESERVE = 200, 60
+PLAN_SHAPE = "video"
+
+
+@dataclass
+class Settings:
+    """What is checked, and where results go: as `make gpu-check` has it, where a test does not say otherwise.
+
+    Attributes:
+        minutes: after which nothing is begun any more.
+        seconds: of timed rounds per comparison.
+        compiler: for FlexAttention.
+        ceiling: (size of the matmul, bytes of the copy) that say what the device does at best.
+    """
+
+    device: torch.device
+    backend: str = "triton"
+    dtype: torch.dtype = torch.bfloat16
+    shapes: dict[str, AttentionShape] = field(default_factory=lambda: GPU)
+    tests: Path = verified.ROOT / "tests"
+    sanitizers: tuple[str, ...] = gpu_checks.SANITIZERS
+    results: Path = verified.ROOT / "bench" / "results"
+    verified: Path = verified.FILE
+    commit: str | None = None
+    minutes: float = 9.0
+    seconds: float = 2.0
+    compiler: Callable = torch.compile
+    ceiling: tuple[int, int] = (8192, 2**30)
+
+
+class GpuCheck:
+    """A run: `found` is what the results file holds, `failed` the titles of steps that failed."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.began = monotonic()
+        self.deadline = self.began + 60 * settings.minutes
+        self.failed: list[str] = []
+        self.proved: set[str] = set()
+        self.found: dict[str, Any] = {
+            "format_version": FORMAT_VERSION, **describe_gpu(settings.device, settings.commit), "backend": settings.backend,
+            "checks": {}, "backends": {}, "sanitizers": {}, "shapes": {}, "comparisons": [],
+        }  # fmt: skip
+        name = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
+        self.path = settings.results / f"{name}-{self.found['date'][:10]}.json"
+
+    def run(self) -> int:
+        """All steps, then the table; the exit status."""
+        settings = self.settings
+        self.say(f"gpu-check on {self.found['device']}: tests, checks, then timing; at most {settings.minutes:g} minutes")
+        self.verify()
+        self.measure()
+        self.found |= {"seconds": round(monotonic() - self.began), "failed": self.failed}
+        verified.write_json(self.path, self.found)
+        self.say(f"written to {self.path}")
+        self.say("\n".join(["", *table_lines(self.found)]))
+        return 1 if self.failed else 0
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """One line of progress, at once."""
+        print(text, end=end, flush=True)
+
+    def step(self, title: str, function: Callable[[], str], since: float | None = None) -> None:
+        """Run a step, which returns what it found in one line; say how long it took (since it began elsewhere)."""
+        began = monotonic() if since is None else since
+        self.say(f"[{monotonic() - self.began:3.0f} s] {title}:", end=" ")
+        try:
+            said = function()
+        # Whatever went wrong, the other steps still have something to say.
+        except Exception as error:
+            self.failed.append(title)
+            said = f"FAILED: {gpu_timing.first_line(error)}"
+        self.say(f"{said} ({monotonic() - began:.1f} s)")
+
+    # ---- tests and checks ----------------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Tests and sanitizers in other processes, and meanwhile the checks in this one; then the record."""
+        settings, until = self.settings, self.deadline - TIMING_RESERVE
+        # Processes mostly compile kernels, each on one core.
+        workers = max(2, min(6, (os.cpu_count() or 2) // 2))
+        with tempfile.TemporaryDirectory() as reports, ThreadPoolExecutor(workers) as pool:
+            began = monotonic()
+            files = gpu_checks.start_gpu_tests(pool, settings.tests, Path(reports), until)
+            arguments = (settings.device.type, settings.backend, until)
+            tools = {tool: pool.submit(gpu_checks.run_sanitizer, tool, *arguments) for tool in settings.sanitizers}
+            for name, shape in settings.shapes.items():
+                self.step(f"check {name}", lambda shape=shape: self.check(shape))
+            for backend in gpu_checks.OTHER_BACKENDS:
+                self.step(f"check backend {backend}", lambda backend=backend: self.check_backend(backend))
+            self.found["tests"] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+            for name, future in files.items():
+                self.step(f"tests/{name}", lambda future=future: self.count_tests(future), since=began)
+            for tool, future in tools.items():
+                self.step(tool, lambda tool=tool, future=future: self.judge_sanitizer(tool, future), since=began)
+        self.step("record", self.record)
+
+    def check(self, shape: AttentionShape) -> str:
+        """The plan, the same bits twice, and the error rule on the shrunken and on the full shape."""
+        settings = self.settings
+        where = (settings.device, settings.dtype, settings.backend)
+        entry = self.found["checks"][shape.name] = {"same_bits": False}
+        if settings.backend == "triton":
+            gpu_checks.check_plan(shape, settings.device)
+        gpu_checks.check_repeatable(shape, *where)
+        entry["same_bits"] = True
+        entry["small"] = gpu_checks.small_errors(shape, *where)
+        entry["full"] = gpu_checks.full_errors(gpu_peers.Problem(shape, *where))
+        entry["errors"] = gpu_checks.merged(entry["small"], entry["full"])
+        return f"same bits twice; error / bound {max(entry['errors'].values()):.2f}"
+
+    def check_backend(self, backend: str) -> str:
+        """The error rule on shrunken shapes for another backend; shapes that it refuses do not count."""
+        settings, errors, reason = self.settings, [], ""
+        for shape in settings.shapes.values():
+            try:
+                errors.append(gpu_checks.small_errors(shape, settings.device, settings.dtype, backend))
+            except ValueError as error:
+                reason = gpu_timing.first_line(error)
+        if not errors:
+            self.found["backends"][backend] = f"not run: {reason}"
+            return f"not run: {reason}"
+        self.found["backends"][backend] = worst = gpu_checks.merged(*errors)
+        refused = len(settings.shapes) - len(errors)
+        return f"{len(errors)} shapes, {refused} refused; error / bound {max(worst.values()):.2f}"
+
+    def count_tests(self, future: Future) -> str:
+        """Add a file's tests to the counts; fail where one of them failed."""
+        tests: gpu_checks.Tests = future.result()
+        total = self.found["tests"]
+        for name, count in tests.counts().items():
+            total[name] += count
+        total["failures"] += tests.failed
+        if any(title.endswith("test_device_query_agrees_with_torch") for title in tests.passed):
+            self.proved.add("compiled module")
+        said = ", ".join(f"{count} {name}" for name, count in tests.counts().items())
+        if tests.failed:
+            raise RuntimeError(f"{said}: {', '.join(tests.failed[:5])}")
+        return said
+
+    def judge_sanitizer(self, tool: str, future: Future) -> str:
+        """Keep what the tool found; fail where that was an error."""
+        self.found["sanitizers"][tool] = said = future.result()
+        if said.startswith("fail"):
+            raise RuntimeError(said)
+        return said
+
+    def record(self) -> str:
+        """Add this run to the file of verifications, if all went well so far."""
+        settings, found = self.settings, self.found
+        if self.failed:
+            return f"none, because of: {', '.join(self.failed)}"
+        if not found["tests"]["passed"]:
+            raise RuntimeError("none, because no test ran that needs a GPU")
+        errors = {settings.backend: gpu_checks.merged(*(entry["errors"] for entry in found["checks"].values()))}
+        errors |= {name: entry for name, entry in found["backends"].items() if isinstance(entry, dict)}
+        self.proved |= {group for group in verified.GROUPS if group in errors}
+        self.proved |= set(verified.TRITON_GROUPS) if settings.backend == "triton" else set()
+        record = {key: found[key] for key in sorted(verified.RECORD_KEYS - {"errors", "tests"})}
+        record |= {
+            "errors": errors,
+            "tests": {name: found["tests"][name] for name in ("passed", "failed", "skipped")},
+            "sanitizers": found["sanitizers"],
+        }
+        family = verified.family_of(found["capability"]) if found["capability"] else "none"
+        hashes = verified.hashes_of(source for group in sorted(self.proved) for source in verified.GROUPS[group])
+        content = verified.add(verified.load(settings.verified), family, record, hashes)
+        verified.write_json(settings.verified, content)
+        return f"{', '.join(sorted(self.proved))} on {family}, in {settings.verified}"
+
+    # ---- timing --------------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """The device's ceilings, the plan, and every shape against its peers."""
+        clock = gpu_timing.Clock(self.settings.device)
+        self.step("ceilings", lambda: self.time_ceilings(clock))
+        self.step("plan", lambda: self.time_plan(clock))
+        for name, shape in self.settings.shapes.items():
+            self.step(f"time {name}", lambda shape=shape: self.time_shape(shape, clock))
+            # Kept as it grows, in case that the run is cut off.
+            verified.write_json(self.path, self.found)
+
+    def time_ceilings(self, clock: gpu_timing.Clock) -> str:
+        """What the device does at best."""
+        ceilings = self.ceilings = gpu_timing.measure_ceilings(clock, self.settings.dtype, *self.settings.ceiling)
+        self.found["ceilings"] = {"matmul_tflops": ceilings.flops / 1e12, "copy_gb_per_s": ceilings.bytes / 1e9}
+        return f"matmul {ceilings.flops / 1e12:.0f} TFLOP/s, copy {ceilings.bytes / 1e9:.0f} GB/s read and written"
+
+    def time_plan(self, clock: gpu_timing.Clock) -> str:
+        """How long a plan takes for a layout that was never seen, on the device and on the CPU."""
+        shape = self.settings.shapes[PLAN_SHAPE]
+        host, rounds = shape.layout(), 15
+        entry: dict[str, Any] = {"shape": shape.name, "tokens": host.num_tokens}
+        cpu = torch.device("cpu")
+        for name, device, timer in (("device", clock.device, clock), ("cpu", cpu, gpu_timing.Clock(cpu))):
+            layouts = [gpu_checks.fresh(host, device) for _ in range(rounds + gpu_timing.WARM_UPS)]
+            seconds = timer.times(lambda layouts=layouts: layouts.pop().prepare(), rounds)
+            row = Row(name, "ok", None, seconds)
+            entry[name] = {f"p{p}_us": round(1e6 * row.percentile(p), 1) for p in (20, 50, 80)}
+        self.found["plan"] = entry
+        on_device, on_cpu = (entry[name]["p50_us"] for name in ("device", "cpu"))
+        return f"{host.num_tokens} tokens, {on_device} us on the device, {on_cpu} us on the CPU"
+
+    def time_shape(self, shape: AttentionShape, clock: gpu_timing.Clock) -> str:
+        """Forward, and forward with backward, of ours and of the peers."""
+        settings = self.settings
+        if monotonic() > self.deadline:
+            return "not run: no time was left"
+        problem = gpu_peers.Problem(shape, settings.device, settings.dtype, settings.backend)
+        entry = self.found["shapes"][shape.name] = {}
+        medians = []
+        for backward in (False, True):
+            compiler = settings.compiler if self.deadline - monotonic() > FLEX_RESERVE else None
+            task = "forward_backward" if backward else "forward"
+            candidates = gpu_peers.candidates(problem, backward=backward, compiler=compiler)
+            rows = gpu_timing.time_in_turns(candidates, clock, settings.seconds)
+            if compiler is None:
+                rows.append(Row(gpu_peers.FLEX, "not run: no time was left to compile it", None))
+            flops = shape.flops(backward=backward)
+            comparison = Comparison(task, shape.name, rows, flops / 1e12, "TFLOP/s")
+            self.found["comparisons"].append(comparison.as_dict())
+            assert rows[0].status == "ok", f"{task}: {rows[0].status}"
+            median = rows[0].percentile(50)
+            medians.append(f"{task} {median * 1e3:.3f} ms")
+            moved = shape.moved_bytes(settings.dtype, backward=backward)
+            entry[task] = {
+                "roof": round(self.ceilings.share(flops, moved, median), 4),
+                "extra_bytes": gpu_timing.extra_memory(candidates[0].run, clock),
+            }
+        return ", ".join(medians)
+
+
+def describe_gpu(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """What the numbers depend on; `commit` where this is no git checkout."""
+    machine = describe_machine()
+    cuda = device.type == "cuda"
+    machine |= {
+        "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
+        "driver": _driver() if cuda else None,
+        "cuda": torch.version.cuda,
+        "triton": _version_of("triton"),
+    }
+    if machine["commit"] is None:
+        machine["commit"] = commit
+    return machine
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """See the module; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--commit", help="the commit that this is, where it is no git checkout")
+    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="default %(default)s")
+    options = parser.parse_args(arguments)
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        print(f"gpu-check: no NVIDIA GPU here (torch {torch.__version__} sees none), so nothing was run")
+        return 2
+    settings = Settings(torch.device("cuda", torch.cuda.current_device()), commit=options.commit, minutes=options.minutes)
+    return GpuCheck(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

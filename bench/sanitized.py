@@ -1,0 +1,34 @@
+"""Forward and backward of a few small layouts, for a sanitizer to watch; `bench.gpu_check` runs it."""
+
+import argparse
+
+import torch
+
+from bench.gpu_peers import inputs_of, results_of
+from bench.shapes import AttentionShape
+from voco_kernels import Image, Text
+
+# Tiles that end inside a segment, VoCo keys behind text, text in several runs; everything short, since a sanitizer is slow.
+SHAPES = (
+    AttentionShape("frames", "full and ragged tiles", (((Image(70, 3),) * 3 + (Text(37),)),), True, heads=2, kv_heads=2),
+    AttentionShape("turns", "segments that see text", ((Text(9), Image(66, 2), Text(70), Image(20, 1)),), False, 2, 1),
+    AttentionShape("pack", "documents of all kinds", ((Text(5),), (Image(130, 5),), (Image(3, 1), Text(18))), True, 4, 2),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitized", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="triton")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    for shape in SHAPES:
+        inputs = inputs_of(shape, device, torch.bfloat16)
+        results = results_of(*inputs, shape.layout().to(device), options.backend)
+        assert all(bool(x.isfinite().all()) for x in results.values()), shape.name
+    print(f"{len(SHAPES)} layouts, forward and backward")
+
+
+if __name__ == "__main__":
+    main()

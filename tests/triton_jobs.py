@@ -1,0 +1,74 @@
+"""Launches of the shipped kernels, for `fake_cuda`: what a GPU would be asked to run, on tensors that hold nothing.
+
+`python tests/triton_jobs.py` compiles every shipped configuration and writes `triton_budget.json` anew.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+BUDGET = Path(__file__).parent / "triton_budget.json"
+KERNELS = ("forward_kernel", "dq_kernel", "dkv_kernel")
+COUNTED = ("registers", "stack", "shared", "LDL", "STL", "HMMA", "HGMMA", "LDGSTS")
+
+# name: (capability, function, arguments). head_dim 96 is compiled as 128 with masks.
+SHIPPED = {
+    f"sm_{arch} head_dim {head_dim} {dtype}": (
+        arch,
+        "triton_jobs:attention",
+        {"arch": arch, "head_dim": head_dim, "dtype": dtype},
+    )
+    for arch in (80, 90)
+    for head_dim in (32, 64, 96, 128, 256)
+    for dtype in ("float16", "bfloat16", "float32")
+}
+
+
+def attention(arch: int, head_dim: int, dtype: str, odd: bool = False) -> None:
+    """Forward and backward of 4 query and 2 key heads; `odd` gives inputs whose rows do not start at 16 bytes."""
+    inputs = [torch.empty(77, heads, head_dim + odd, dtype=getattr(torch, dtype))[..., odd:] for heads in (4, 2, 2, 4)]
+    _launch(arch, *inputs)
+
+
+def far_apart(arch: int) -> None:
+    """The same with offsets that need 64 bits."""
+    strides = (2**24 - 16, 128, 1)
+    _launch(arch, *(torch.empty_strided((200, 4, 128), strides, dtype=torch.bfloat16, device="meta") for _ in range(4)))
+
+
+def _launch(arch: int, q, k, v, grad) -> None:
+    from voco_kernels import Image, Text, VocoLayout
+    from voco_kernels.backends.triton import launch
+    from voco_kernels.backends.triton.backward import backward
+    from voco_kernels.backends.triton.forward import forward
+    from voco_kernels.tiles import build_tiles
+
+    layout = VocoLayout.from_spans([[Image(q.shape[0] - 18, 2), Text(16)]], isolated=True)
+    plan = build_tiles(layout, launch.geometry_of(q.shape[2], q.dtype))
+    out, lse = forward(q, k, v, plan, 0.125, arch)
+    backward(grad, q, k, v, out, lse, plan, 0.125, arch)
+
+
+def counted(report) -> dict[str, int]:
+    """The numbers of a launch that the budget holds."""
+    return {name: getattr(report.resources, name) for name in COUNTED}
+
+
+def main() -> None:
+    """Write the budget of every shipped configuration."""
+    import fake_cuda
+    import triton
+
+    kernels = {}
+    for at, (name, job) in enumerate(SHIPPED.items(), start=1):
+        print(f"{at}/{len(SHIPPED)} {name}", file=sys.stderr, flush=True)
+        for report in fake_cuda.run_jobs({name: job})[name]:
+            kernels[f"{report.name} {name}"] = counted(report)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+    BUDGET.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n{lines}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    main()
