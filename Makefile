@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # Installed first, so that nothing else chooses torch's version; pip options may stand here too (--index-url ...).
 TORCH ?= torch==2.13.0
+# The version whose machine code tests/triton_budget.json holds; torch for CUDA brings its own (then TRITON=).
+TRITON ?= triton==3.9.0
 
 ifeq ($(strip $(VENV)),)
 STAMP :=
@@ -24,7 +26,7 @@ env: $(STAMP) ## create the environment in VENV (default .venv), or bring it up 
 ifneq ($(STAMP),)
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install $(TORCH) $(TRITON)
 	$(PY) -m pip install -e ".[demo,train,test]"
 	touch $@
 endif

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import voco_kernels.backends.torch as torch_backend
+from bench.verified import report_lines
 
 # Without a GPU, kernels are interpreted; Triton decides at its import. With one, the same tests run there.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -40,3 +41,9 @@ def row_chunks(monkeypatch):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("kernels on a GPU")
+    for line in report_lines():
+        terminalreporter.write_line(line)

@@ -7,8 +7,9 @@ import pytest
 from reference import kinds_of, mask_of_layout
 from strategies import Pack
 
-from voco_kernels import Image, Text, VocoLayout, draw
-from voco_kernels.draw import KINDS, MAX_TOKENS, draw_on
+from voco_kernels import Image, Text, VocoLayout, draw, draw_plan
+from voco_kernels.draw import KINDS, MAX_TOKENS, computed_boxes, draw_on, draw_plan_on
+from voco_kernels.tiles import Geometry, build_tiles, executed_pairs, useful_pairs
 
 LAYOUTS = {
     "two documents": VocoLayout.from_spans([[Text(2), Image(4, 2), Text(4)], [Image(3, 1), Text(2)]], isolated=False),
@@ -74,3 +75,48 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="matplotlib"):
         draw(LAYOUTS["padding"], tmp_path / "mask.png")
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------------
+
+SMALL = Geometry(rows=8, small_rows=2, keys=4)
+STEPS = (4, 2)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_boxes_hold_every_visible_pair_and_no_other_twice(name):
+    layout = LAYOUTS[name]
+    plan = build_tiles(layout, SMALL)
+    rows, keys = plan.row_index.numpy(), plan.key_index.numpy()
+    drawn = np.zeros((layout.num_tokens,) * 2, int)
+    masked = np.zeros_like(drawn)
+    for top, height, left, width, is_edge in computed_boxes(plan, STEPS):
+        drawn[top : top + height, left : left + width] += 1
+        masked[top : top + height, left : left + width] += is_edge
+    mask = mask_of_layout(layout)[rows][:, keys]
+    assert drawn.max() <= 1 and drawn[mask].all()
+    # What is computed without a mask is visible.
+    assert mask[(drawn == 1) & (masked == 0)].all()
+
+
+def test_the_plan_says_how_much_is_useful(axes):
+    layout = LAYOUTS["isolated"]
+    draw_plan_on(axes, layout, SMALL, STEPS)
+    useful, computed = useful_pairs(layout), executed_pairs(build_tiles(layout, SMALL), "forward", *STEPS)
+    assert f"{useful:,} of {computed:,} computed pairs are useful" in axes.get_title()
+    cells = np.asarray(axes.images[0].get_array())
+    assert (cells > 0).sum() == useful
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_png_of_a_plan_is_written(name, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    path = draw_plan(LAYOUTS[name], tmp_path / "plan.png")
+    assert image.imread(path).std() > 0
+
+
+def test_a_plan_of_too_many_tokens(tmp_path):
+    layout = VocoLayout.from_spans([[Text(MAX_TOKENS + 1)]], isolated=True)
+    with pytest.raises(ValueError, match=rf"^layout must be of 1 to {MAX_TOKENS} tokens to be drawn, but was of"):
+        draw_plan(layout, tmp_path / "plan.png")
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from voco_llama.demo import MODEL
 
+from voco_kernels import Image, VocoLayout
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -69,3 +71,15 @@ def test_accuracies_are_the_recorded_ones():
 
 def test_one_screen():
     assert len(README.splitlines()) <= 110
+
+
+def test_tile_efficiencies_are_the_counted_ones():
+    for name, kernels in (("forward, dQ", ("forward", "dq")), ("dK/dV", ("dkv",))):
+        line = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        shown = [float(cell) for cell in line.split("|")[2:-1]]
+        for which in kernels:
+            layouts = [
+                VocoLayout.from_spans([[Image(vision, voco)] * 16], isolated=True)
+                for vision, voco in ((144, 4), (256, 2), (576, 2), (2880, 8))
+            ]
+            assert shown == [round(layout.tile_efficiency(128, which=which), 2) for layout in layouts]

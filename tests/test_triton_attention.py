@@ -380,7 +380,7 @@ def test_without_a_gpu(monkeypatch):
 
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(backend, "_interpreted", lambda: False)
-    monkeypatch.setattr(backend, "_arch", lambda device: 75)
+    monkeypatch.setattr(backend, "arch_of", lambda device: 75)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     q = SimpleNamespace(dtype=torch.float16, shape=(3, 1, 32), device=torch.device("cuda"))
     assert backend.unsupported_reason(q, spans([Text(3)])) == "it needs compute capability 8.0, not 7.5"

@@ -2,7 +2,7 @@
 
 from .attention import voco_attention
 from .backends import BackendStatus, backend_status, compiled_module
-from .draw import draw, draw_on
+from .draw import draw, draw_on, draw_plan
 from .kv_cache import VocoKV, extract_kv, inject_kv
 from .layout import Image, Text, VocoLayout
 from .version import __version__
@@ -18,6 +18,7 @@ __all__ = [
     "compiled_module",
     "draw",
     "draw_on",
+    "draw_plan",
     "extract_kv",
     "inject_kv",
     "voco_attention",

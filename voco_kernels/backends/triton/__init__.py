@@ -36,8 +36,8 @@ def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str
         return None
     if q.device.type != "cuda" or torch.version.cuda is None:
         return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
-    if _arch(q.device) < LEAST_ARCH:
-        return f"it needs compute capability 8.0, not {_arch(q.device) / 10}"
+    if arch_of(q.device) < LEAST_ARCH:
+        return f"it needs compute capability 8.0, not {arch_of(q.device) / 10}"
     return None
 
 
@@ -65,7 +65,7 @@ def attention_backward(
     """(dq, dk, dv) in two launches."""
     from .backward import backward
 
-    return backward(grad_out, q, k, v, out, lse, _plan(layout, q), scale, _arch(q.device))
+    return backward(grad_out, q, k, v, out, lse, _plan(layout, q), scale, arch_of(q.device))
 
 
 def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
 def _forward(q, k, v, layout: VocoLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     from .forward import forward
 
-    return forward(q, k, v, _plan(layout, q), scale, _arch(q.device))
+    return forward(q, k, v, _plan(layout, q), scale, arch_of(q.device))
 
 
 def plan_of(layout: VocoLayout, geometry: Geometry) -> TilePlan:
@@ -118,7 +118,7 @@ def _interpreted() -> bool:
 
 
 @cache
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
     """Compute capability times ten; the interpreter runs as the least one."""
     if device.type != "cuda":
         return LEAST_ARCH

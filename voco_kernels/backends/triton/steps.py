@@ -1,8 +1,8 @@
 """The steps that the kernels share: which tokens a tile has, and how tiles are read and written.
 
 META is a tuple of constants that every step gets: (INDEX, HEAD_DIM, BLOCK_D, PRECISION). INDEX is the type of a token's
-offset: int64 where a token times a stride may exceed int32, as in a pack of half a million tokens with 32 heads of 128; int32
-elsewhere, which spares registers. BLOCK_D is head_dim padded to a power of two. PRECISION is that of float32 products.
+offset: int64 where a token times a stride may exceed int32, as in a pack of half a million tokens with 32 heads of 128;
+int32 elsewhere, which spares registers. BLOCK_D is head_dim padded to a power of two. PRECISION is that of float32 products.
 """
 
 from contextlib import AbstractContextManager, nullcontext
