@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 import voco_kernels
 from bench.measure import Candidate, Comparison, Row, compare
+from bench.verified import write_atomically
 
 FORMAT_VERSION = 1
 DEFAULT_ROUNDS = 25
@@ -123,16 +123,7 @@ def write_results(path: Path, machine: dict, comparisons: list[Comparison]) -> N
         **machine,
         "comparisons": [comparison.as_dict() for comparison in comparisons],
     }
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

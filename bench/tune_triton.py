@@ -19,8 +19,9 @@ import torch
 
 from bench.gpu_timing import Clock, first_line
 from bench.shapes import GPU, AttentionShape
-from voco_kernels.backends.triton import launch
+from voco_kernels.backends.triton import arch_of, launch
 from voco_kernels.backends.triton.launch import Launch
+from voco_kernels.tiles import Geometry, build_tiles
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,17 +37,17 @@ def candidates(shipped: Launch) -> Iterator[Launch]:
 class Problem:
     """Inputs of one shape, and the kernels' work on them."""
 
-    def __init__(self, shape: AttentionShape, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shape: AttentionShape, head_dim: int, dtype: torch.dtype, device: torch.device, geometry: Geometry
+    ):
         shape = replace(shape, head_dim=head_dim)
-        layout = shape.layout().prepare().to(device)
+        layout = shape.layout()
         heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
         self.q, self.k, self.v, self.grad = (
             torch.randn(layout.num_tokens, h, head_dim, device=device, dtype=dtype) for h in heads
         )
-        from voco_kernels.backends import triton
-
-        self.plan = triton.plan_of(layout, launch.geometry_of(head_dim, dtype))
-        self.arch = triton.arch_of(device)
+        self.plan = build_tiles(layout, geometry).to(device)
+        self.arch = arch_of(device)
         self.scale = 1 / math.sqrt(head_dim)
         self.out, self.lse = self.forward()
 
@@ -108,19 +109,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"])
     parser.add_argument("--shapes", choices=GPU, nargs="+", default=["video", "anyres", "sft"])
+    parser.add_argument("--rows", type=int, default=launch.GEOMETRY.rows, help="rows of a row tile (%(default)s)")
+    parser.add_argument("--keys", type=int, default=launch.GEOMETRY.keys, help="keys of a key tile (%(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune_triton needs an NVIDIA GPU, and there is none", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
+    geometry = Geometry(options.rows, launch.GEOMETRY.small_rows, options.keys)
     clock, deadline = Clock(device), monotonic() + 60 * options.minutes
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}", flush=True)
     for dtype, head_dim in itertools.product(options.dtype, options.head_dim):
-        problems = [Problem(GPU[name], head_dim, DTYPES[dtype], device) for name in options.shapes]
+        problems = [Problem(GPU[name], head_dim, DTYPES[dtype], device, geometry) for name in options.shapes]
         for kernel in options.kernel:
             best = tune(kernel, problems, head_dim, DTYPES[dtype], clock.median, deadline)
-            print(f"\nbest of {kernel}, head_dim {head_dim}, {dtype}, over {', '.join(options.shapes)}:")
+            print(f"\nbest of {kernel}, head_dim {head_dim}, {dtype}, {geometry}, over {', '.join(options.shapes)}:")
             for score, parameters in best[:5]:
                 print(f"  {score:.4f} ms  {parameters}")
             print(flush=True)

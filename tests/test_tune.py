@@ -41,7 +41,7 @@ def test_tuning_measures_and_restores(kernel, monkeypatch, capsys):
             raise RuntimeError("out of shared memory")
         return took
 
-    problem = tune_triton.Problem(SHAPE, 32, torch.float16, torch.device("cpu"))
+    problem = tune_triton.Problem(SHAPE, 32, torch.float16, torch.device("cpu"), launch.GEOMETRY)
     best = tune_triton.tune(kernel, [problem], 32, torch.float16, time, float("inf"))
     assert [parameters for _, parameters in best] == [others[1], others[0]]
     assert [score for score, _ in best] == pytest.approx([1.0, 2.0])
@@ -51,7 +51,7 @@ def test_tuning_measures_and_restores(kernel, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted on a machine with a GPU")
 def test_wrong_results_are_not_timed():
-    problem = tune_triton.Problem(SHAPE, 32, torch.float16, torch.device("cpu"))
+    problem = tune_triton.Problem(SHAPE, 32, torch.float16, torch.device("cpu"), launch.GEOMETRY)
     out, lse = problem.run("forward")
     assert tune_triton.measured([problem], "forward", [(out + 1, lse)], lambda run: 1.0) == "wrong"
     assert tune_triton.measured([problem], "forward", [(out, lse)], lambda run: 1.0) == pytest.approx(1e3)
