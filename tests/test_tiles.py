@@ -229,6 +229,17 @@ def test_a_layout_of_the_same_tensors_finds_the_plan():
     assert again.tiles is None and tile_plan(again, GEOMETRY) is layout.tiles
 
 
+def test_what_a_graph_captures_is_not_kept(monkeypatch):
+    """It has no values before the graph is replayed; what was made before may be used inside."""
+    layout = dataclasses.replace(LAYOUT, segment_ids=LAYOUT.segment_ids.clone())
+    monkeypatch.setattr("voco_kernels.plan._is_captured", lambda layout: True)
+    assert tile_plan(layout, SMALL) is not tile_plan(layout, SMALL)
+    monkeypatch.setattr("voco_kernels.plan._is_captured", lambda layout: False)
+    kept = tile_plan(layout, SMALL)
+    monkeypatch.setattr("voco_kernels.plan._is_captured", lambda layout: True)
+    assert tile_plan(layout, SMALL) is kept
+
+
 def test_another_layout_does_not_inherit_a_plan():
     layout = dataclasses.replace(LAYOUT).prepare()
     other = dataclasses.replace(layout, isolated=False)

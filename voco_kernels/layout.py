@@ -267,7 +267,9 @@ class VocoLayout:
         """Work out the tiles that GPU backends need, and return the layout itself.
 
         Meant for a data loader: tiles travel with the layout through `to` and pickling, and the device has nothing left to
-        do. Without it they are made at the layout's first use, on its device and without synchronising with it.
+        do. Without it they are made at the layout's first use, on its device and without synchronising with it. Prepare a
+        layout that several streams use before they part, and one that a CUDA graph uses before it is captured, unless the
+        graph makes the layout itself.
         """
         from .planning import prepared_tiles
 

@@ -86,15 +86,21 @@ class PlanCache:
     def __call__(self, layout: VocoLayout, build=None):
         """What is kept for the layout; made now, and kept, where there is nothing."""
         entry = self._entries.get(layout.segment_ids)
-        if entry is None or entry[0] != _key(layout):
-            return self.put(layout, (build or self._build)(layout))
-        return entry[1]
+        if entry is not None and entry[0] == _key(layout):
+            return entry[1]
+        plan = (build or self._build)(layout)
+        # What a CUDA graph captures has no values until it is replayed, and is the graph's own.
+        return plan if _is_captured(layout) else self.put(layout, plan)
 
     def put(self, layout: VocoLayout, plan):
         """Keep `plan` for the layout, and return it."""
         # The tensors in the entry keep the addresses in its key from being used again.
         self._entries[layout.segment_ids] = (_key(layout), plan, layout.cu_seqlens, layout.public)
         return plan
+
+
+def _is_captured(layout: VocoLayout) -> bool:
+    return layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _key(layout: VocoLayout) -> tuple:

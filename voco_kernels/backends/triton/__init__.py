@@ -46,9 +46,9 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) in one launch; differentiable by autograd. Tensors that are not laid out as the kernels need are copied."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, layout, scale)
+        out, lse = _Attention.apply(q, k, v, _plan(layout, q), scale)
     else:
-        out, lse = _forward(q, k, v, layout, scale)
+        out, lse = _forward(q, k, v, _plan(layout, q), scale)
     return out, lse if return_lse else None
 
 
@@ -63,9 +63,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) in two launches."""
-    from .backward import backward
-
-    return backward(grad_out, q, k, v, out, lse, _plan(layout, q), scale, arch_of(q.device))
+    return _backward(grad_out, q, k, v, out, lse, _plan(layout, q), scale)
 
 
 def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
@@ -76,23 +74,29 @@ def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, layout, scale):
-        out, lse = _forward(q, k, v, layout, scale)
+    def forward(ctx, q, k, v, plan, scale):
+        out, lse = _forward(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        return *attention_backward(grad_out, *ctx.saved_tensors, ctx.layout, ctx.scale), None, None
+        return *_backward(grad_out, *ctx.saved_tensors, ctx.plan, ctx.scale), None, None
 
 
-def _forward(q, k, v, layout: VocoLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(q, k, v, plan: TilePlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     from .forward import forward
 
-    return forward(q, k, v, _plan(layout, q), scale, arch_of(q.device))
+    return forward(q, k, v, plan, scale, arch_of(q.device))
+
+
+def _backward(grad_out, q, k, v, out, lse, plan: TilePlan, scale: float) -> tuple[torch.Tensor, ...]:
+    from .backward import backward
+
+    return backward(grad_out, q, k, v, out, lse, plan, scale, arch_of(q.device))
 
 
 def plan_of(layout: VocoLayout, geometry: Geometry) -> TilePlan:
