@@ -1,5 +1,8 @@
 """VoCo attention in stock Hugging Face models, against transformers' own eager attention under an explicit 4-D mask."""
 
+import dataclasses
+import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -32,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
@@ -40,12 +44,17 @@ from transformers import (
 from voco_kernels import VocoLayout
 from voco_kernels.integrations import transformers as voco_transformers
 from voco_kernels.integrations.transformers import (
+    CACHE_NAME,
+    CACHE_NAMES,
     PrefillMask,
     attach,
     decode_mask,
     keep_public_keys,
     voco_mask,
 )
+
+# Nothing here may call transformers under a name that it gave up.
+pytestmark = pytest.mark.filterwarnings("error:.*`past_key_values`:FutureWarning")
 
 ROOT = Path(__file__).parents[1]
 
@@ -325,7 +334,7 @@ def test_attached_generate_with_a_static_cache_object(model):
     padded, plain = ["bttttttt", "btttttt", "bttttt"], ["bttttttt"] * 3
     for rows in (PROMPTS["different numbers of public keys"], plain, ["bvvccttt", "bt", "bvct"], padded, ["bvvccttt"] * 3):
         ids, mask = batch_of(*rows)
-        got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GENERATED)
+        got = model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **GENERATED)
         assert torch.equal(got, reference(ids, attention_mask=mask))
         cache.reset()
 
@@ -338,26 +347,27 @@ def test_a_conversation_goes_on_behind_its_cache(model, static):
     reference = masked_eager(model, build)
     attach(model, build)
     cache = StaticCache(model.config, max_cache_len=60) if static else DynamicCache(config=model.config)
-    first = model.generate(ids, attention_mask=mask, past_key_values=cache, **GENERATED)
+    first = model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **GENERATED)
     more = torch.cat([first, batch_of("ttt", "ttt")[0]], dim=1)
     mask = torch.cat([mask, mask.new_ones(2, more.shape[1] - mask.shape[1])], dim=1)
     expected = reference(more, attention_mask=mask)
-    assert torch.equal(model.generate(more, attention_mask=mask, past_key_values=cache, **GENERATED), expected)
+    assert torch.equal(model.generate(more, attention_mask=mask, **{CACHE_NAME: cache}, **GENERATED), expected)
 
 
-def test_an_image_behind_a_filled_cache_is_refused(model):
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_an_image_behind_a_filled_cache_is_refused(model, name):
     """It would be read as plain text: later text would see what it must not."""
     attach(model, builder())
     cache = DynamicCache(config=model.config)
-    model(batch_of("bvvcctt")[0], past_key_values=cache)
+    model(batch_of("bvvcctt")[0], **{name: cache})
     with pytest.raises(ValueError, match="input_ids must be text, .* behind a filled cache"):
-        model(batch_of("vvvcctt")[0], past_key_values=cache)
+        model(batch_of("vvvcctt")[0], **{name: cache})
 
 
 def test_the_cache_keeps_only_public_keys(model):
     ids, mask = batch_of("bvvvvvvccttt", "btvvvvct")
     attach(model, builder())
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = getattr(model(ids, attention_mask=mask, use_cache=True), CACHE_NAME)
     assert cache.get_seq_length() == 5
     assert cache.voco_prefix_mask.tolist() == [[True] * 5, [False] * 3 + [True] * 2]
 
@@ -395,12 +405,57 @@ def test_generate_of_a_stock_model_knows_no_layout(model):
         model.generate(ids, voco_layout=builder()(ids), **GENERATED)
 
 
+# ---- the names of the cache --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stock", [LlamaForCausalLM, LlavaForConditionalGeneration])
+def test_the_name_of_the_cache_is_that_of_transformers(stock):
+    """As a keyword of forward, and as a field of the output."""
+    assert CACHE_NAME in inspect.signature(stock.forward).parameters
+    model = llama("sdpa") if stock is LlamaForCausalLM else llava()
+    output = model(batch_of("btt")[0], use_cache=True)
+    assert CACHE_NAME in {field.name for field in dataclasses.fields(output)}
+    assert getattr(output, CACHE_NAME).get_seq_length() == 3
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_rename_cache(name):
+    cache = DynamicCache()
+    (other,) = set(CACHE_NAMES) - {name}
+    kwargs = {name: cache, other: None, "use_cache": True}
+    assert voco_transformers.rename_cache(kwargs) is cache
+    assert kwargs == {CACHE_NAME: cache, "use_cache": True}
+    assert voco_transformers.rename_cache(kwargs) is cache and len(kwargs) == 2
+    nothing = {name: None}
+    assert voco_transformers.rename_cache(nothing) is None and nothing == {}
+    with pytest.raises(ValueError, match=r"cache must be None where past_key_values \(its other name\) is given"):
+        voco_transformers.rename_cache({name: cache, other: DynamicCache()})
+
+
+def test_attached_models_take_one_cache(model):
+    attach(model, builder())
+    caches = {name: DynamicCache(config=model.config) for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="cache must be None where past_key_values"):
+        model(batch_of("bvvcctt")[0], **caches)
+
+
+def test_attached_models_use_no_deprecated_name(model, monkeypatch):
+    """What transformers logs once; its warnings are errors in this file."""
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message, *_, **__: said.append(message))
+    ids, mask = batch_of("bvvvvvvccttt", "btvvvvct")
+    attach(model, builder())
+    model.generate(ids, attention_mask=mask, **GENERATED)
+    model(ids, attention_mask=mask, use_cache=True)
+    assert not [message for message in said if "past_key_values" in message]
+
+
 # ---- the cache after a masked prefill ----------------------------------------------------------------------------------
 
 
 def filled(model, kind: str, ids, mask, layout):
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=30)
-    single_pass(model, ids, layout, mask, past_key_values=cache)
+    single_pass(model, ids, layout, mask, **{CACHE_NAME: cache})
     return cache
 
 
@@ -438,7 +493,7 @@ def test_keep_public_keys_refuses_other_caches(model):
     ids, mask = batch_of("bvvvcctt")
     layout = builder()(ids)
     longer = filled(model, "dynamic", ids, mask, layout)
-    model(torch.tensor([[7]]), past_key_values=longer)
+    model(torch.tensor([[7]]), **{CACHE_NAME: longer})
     with pytest.raises(ValueError, match="cache must be one that holds 8 tokens, but was one with 9"):
         keep_public_keys(longer, layout, 1)
     sliding = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
@@ -519,7 +574,7 @@ def test_chunks_behind_a_cache(model, kind, rows, chunks, monkeypatch):
                 ids[:, now],
                 attention_mask=mask[:, : now.stop],
                 position_ids=positions[:, now],
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             )
             parts.append(part.logits)
             begin += size
@@ -527,8 +582,9 @@ def test_chunks_behind_a_cache(model, kind, rows, chunks, monkeypatch):
     torch.testing.assert_close(torch.cat(parts, dim=1)[seen], expected[seen], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_text_in_chunks_behind_public_keys(model, kind):
+def test_text_in_chunks_behind_public_keys(model, kind, name):
     """A masked prefill, then several tokens at once, for rows with different numbers of public keys."""
     ids, mask = batch_of("bvvvvvvccttt", "btvvvvct")
     more = torch.cat([ids, batch_of("tttt", "tttt")[0]], dim=1)
@@ -540,8 +596,8 @@ def test_text_in_chunks_behind_public_keys(model, kind):
         attach(model, builder())
         cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=30)
         width = ids.shape[1]
-        model(ids, attention_mask=mask, position_ids=positions[:, :width], past_key_values=cache)
-        got = model(more[:, width:], attention_mask=longer, position_ids=positions[:, width:], past_key_values=cache).logits
+        model(ids, attention_mask=mask, position_ids=positions[:, :width], **{name: cache})
+        got = model(more[:, width:], attention_mask=longer, position_ids=positions[:, width:], **{name: cache}).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -617,7 +673,7 @@ def test_compiled_forward_with_gradient_checkpointing():
 def test_compiled_steps_with_a_static_cache():
     """Prefill with and without a layout, then decoding steps that share one graph."""
     run_in_new_process("""
-        from voco_kernels.integrations.transformers import decode_mask, keep_public_keys
+        from voco_kernels.integrations.transformers import CACHE_NAME, decode_mask, keep_public_keys
         model, build = llama(num_hidden_layers=1), builder()
         ids, mask = batch_of("bvvvvvcctttt", "btvvcttt")
         layout = build(ids, attention_mask=mask)
@@ -625,7 +681,7 @@ def test_compiled_steps_with_a_static_cache():
         def steps(forward, layout):
             cache, logits, seen = StaticCache(model.config, max_cache_len=24), [], mask
             with torch.no_grad():
-                out = forward(input_ids=ids, attention_mask=mask, past_key_values=cache, voco_layout=layout)
+                out = forward(input_ids=ids, attention_mask=mask, voco_layout=layout, **{CACHE_NAME: cache})
                 logits.append(out.logits[:, -1])
                 if layout is not None:
                     keep_public_keys(cache, layout, 2)
@@ -635,8 +691,8 @@ def test_compiled_steps_with_a_static_cache():
                     out = decode[forward](
                         input_ids=logits[-1].argmax(-1, keepdim=True),
                         attention_mask=now,
-                        past_key_values=cache,
                         position_ids=seen.sum(1, keepdim=True) - 1,
+                        **{CACHE_NAME: cache},
                     )
                     logits.append(out.logits[:, -1])
             return torch.stack(logits)
@@ -720,7 +776,7 @@ def test_a_layout_with_a_filled_cache_is_refused(model, kind):
     layout = builder()(ids)
     cache = filled(model, kind, ids, mask, layout)
     with pytest.raises(ValueError, match="voco_layout must be .* with an empty cache .*, but was .* 8 keys in the cache"):
-        model(ids, voco_layout=layout, past_key_values=cache)
+        model(ids, voco_layout=layout, **{CACHE_NAME: cache})
 
 
 def test_caches_as_tuples_are_refused_by_transformers(model):
@@ -728,7 +784,7 @@ def test_caches_as_tuples_are_refused_by_transformers(model):
     ids, _ = batch_of("bttt")
     layers = tuple((torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16)) for _ in range(2))
     with pytest.raises((ValueError, TypeError, AttributeError)):
-        model.generate(ids, past_key_values=layers, **GENERATED)
+        model.generate(ids, **{CACHE_NAME: layers}, **GENERATED)
 
 
 # ---- LLaVA -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ from transformers import DynamicCache, StaticCache
 from voco_llama import stages
 
 from voco_kernels import Image, Text, VocoKV, VocoLayout, extract_kv, inject_kv
+from voco_kernels.integrations.transformers import CACHE_NAME
+
+# Nothing here may call transformers under a name that it gave up.
+pytestmark = pytest.mark.filterwarnings("error:.*`past_key_values`:FutureWarning")
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -183,7 +187,7 @@ def stored_alone(model, x: torch.Tensor, run: stages.Run) -> VocoKV:
     """Stage 1 of a closed segment at positions 0, 1, 2, ..., as `compress` does it."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model.model(inputs_embeds=x[:, run.tokens], past_key_values=cache, use_cache=True)
+        model.model(inputs_embeds=x[:, run.tokens], use_cache=True, **{CACHE_NAME: cache})
     index = run.public.nonzero()[:, 0]
     keys, values = ([y[0].transpose(0, 1) for y in layers] for layers in zip(*key_values(cache), strict=True))
     return extract_kv(keys, values, index, index, *stages.rotary_of(model.model))
@@ -277,10 +281,10 @@ def test_stock_generate_over_injected_keys(compressed_prompt, attention, cache):
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=injected(model, kv, empty),
         max_new_tokens=len(tokens),
         do_sample=False,
         eos_token_id=None,
+        **{CACHE_NAME: injected(model, kv, empty)},
     )
     assert out[0, prompt.shape[1] :].tolist() == tokens
 
@@ -293,8 +297,8 @@ def test_keys_of_another_rotation_give_other_tokens(compressed_prompt):
         layer.keys = layer.keys.roll(1, dims=2)
     prompt = torch.cat([torch.full((1, kv.num_tokens), VOCO), ids], dim=1)
     with torch.no_grad():
-        wrong = model(ids, past_key_values=cache, position_ids=torch.arange(3, 8)[None]).logits[0, -1]
-        right = model(ids, past_key_values=injected(model, kv, DynamicCache(config=model.config))).logits[0, -1]
+        wrong = model(ids, position_ids=torch.arange(3, 8)[None], **{CACHE_NAME: cache}).logits[0, -1]
+        right = model(ids, **{CACHE_NAME: injected(model, kv, DynamicCache(config=model.config))}).logits[0, -1]
     assert prompt.shape[1] == 8
     assert int(right.argmax()) == tokens[0]
     assert (wrong - right).abs().max() > 0.01 * right.abs().max()

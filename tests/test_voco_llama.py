@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 
 import pytest
@@ -31,6 +32,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from voco_llama import VocoCollator, VocoLlavaConfig, VocoLlavaForConditionalGeneration, VocoProcessor
 
 from voco_kernels import VocoKV, VocoLayout
+from voco_kernels.integrations.transformers import CACHE_NAME, CACHE_NAMES
+
+# Nothing here may call transformers under a name that it gave up.
+pytestmark = pytest.mark.filterwarnings("error:.*`past_key_values`:FutureWarning")
 
 SETTINGS = {
     "default": {},
@@ -151,8 +156,9 @@ def test_one_pass_in_every_setting(settings):
     x = inputs(model, PROMPTS["several images"])
     expected = expected_tokens(model, x)
     assert torch.equal(model.generate(**x, **GENERATED), expected)
-    static = StaticCache(model.config.text_config, max_cache_len=120)
-    assert torch.equal(model.generate(**x, past_key_values=static, **GENERATED), expected)
+    for name in CACHE_NAMES:
+        static = StaticCache(model.config.text_config, max_cache_len=120)
+        assert torch.equal(model.generate(**x, **{name: static}, **GENERATED), expected)
 
 
 def test_a_layout_as_a_keyword_of_generate(model):
@@ -165,8 +171,9 @@ def test_a_layout_as_a_keyword_of_generate(model):
         model.generate(**x, voco_layout=model.layout_of(x["input_ids"][:1]), **GENERATED)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("positions", ["continuous", "compact"])
-def test_a_conversation_goes_on_behind_its_cache(positions):
+def test_a_conversation_goes_on_behind_its_cache(positions, name):
     model = voco_llava(positions=positions)
     x = inputs(model, PROMPTS["batch"])
     first = model.generate(**x, return_dict_in_generate=True, **GENERATED)
@@ -174,8 +181,69 @@ def test_a_conversation_goes_on_behind_its_cache(positions):
     ids = torch.cat([first.sequences, more], dim=1)
     mask = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(3, ids.shape[1] - x["input_ids"].shape[1])], 1)
     expected = expected_tokens(model, {"input_ids": ids, "attention_mask": mask, "pixel_values": x["pixel_values"]})
-    got = model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **GENERATED)
-    assert torch.equal(got, expected)
+    cache = {name: getattr(first, CACHE_NAME)}
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **cache, **GENERATED), expected)
+
+
+# ---- the names of the cache --------------------------------------------------------------------------------------------
+
+
+def test_forward_takes_a_cache_under_either_name(model):
+    """The masked prefill leaves public keys in it, and a later step reads them."""
+    x = inputs(model, PROMPTS["batch"])
+    new, width = torch.tensor([[20], [21], [22]]), x["input_ids"].shape[1]
+    ids = torch.cat([x["input_ids"], new], dim=1)
+    mask = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(3, 1)], dim=1)
+    positions = model.layout_of(ids, mask).position_ids.view(ids.shape)[:, -1:]
+    with torch.no_grad():
+        expected = model(ids, x["pixel_values"], mask).logits[:, -1:]
+        for name in CACHE_NAMES:
+            cache = DynamicCache(config=model.config.text_config)
+            assert getattr(model(**x, **{name: cache}), CACHE_NAME) is cache
+            assert 0 < cache.get_seq_length() < width
+            got = model(new, attention_mask=mask, position_ids=positions, **{name: cache}).logits
+            torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_prepare_inputs_takes_a_cache_under_either_name(model, name):
+    x = inputs(model, ["<image>\nhow many?", "<image>\nwhat is the sum of it?"])
+    cache = DynamicCache(config=model.config.text_config)
+    model(**x, **{name: cache})
+    ids = torch.cat([x["input_ids"], torch.tensor([[20], [21]])], dim=1)
+    mask = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(2, 1)], dim=1)
+    got = model.prepare_inputs_for_generation(ids, next_sequence_length=1, attention_mask=mask, **{name: cache})
+    assert got[CACHE_NAME] is cache and got["input_ids"].tolist() == [[20], [21]]
+    assert got["attention_mask"].shape[1] == cache.get_seq_length() + 1
+
+
+def test_two_caches_are_refused(model):
+    x = inputs(model, ["<image>\nhow many?"])
+    caches = {name: DynamicCache(config=model.config.text_config) for name in CACHE_NAMES}
+    calls = (
+        lambda: model(**x, **caches),
+        lambda: model.generate(**x, **caches, **GENERATED),
+        lambda: model.prepare_inputs_for_generation(x["input_ids"], **caches),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="cache must be None where past_key_values"):
+            call()
+
+
+def test_no_deprecated_name_is_used(model, monkeypatch):
+    """What transformers logs once; its warnings are errors in this file."""
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message, *_, **__: said.append(message))
+    x = inputs(model, PROMPTS["batch"])
+    model(**x)
+    model.generate(**x, **GENERATED)
+    model.generate(**x, two_stage=True, **GENERATED)
+    model.generate(**without_pixels(x), voco_kv=model.compress(pictures(3)), **GENERATED)
+    x = inputs(model, ["<image>\nhow many?"], 0)
+    for name in CACHE_NAMES:
+        cache = model.cache_images(x["input_ids"][:, : VISION + 1], x["pixel_values"])
+        model.generate(**without_pixels(x), **{name: cache}, **GENERATED)
+    assert not [message for message in said if "past_key_values" in message]
 
 
 # ---- two stages --------------------------------------------------------------------------------------------------------
@@ -397,12 +465,13 @@ def test_no_voco_tokens_is_stock_llava(model):
     assert torch.equal(model.generate(**x, two_stage=True, **GENERATED), expected)
 
 
-def test_full_caching(model):
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_full_caching(model, name):
     """The keys of an uncompressed image, kept and used for a question: equal to no cache at all."""
     x = inputs(model, ["<image>\nhow many?"], 0)
     cache = model.cache_images(x["input_ids"][:, : VISION + 1], x["pixel_values"])
     assert cache.get_seq_length() == VISION + 1
-    got = model.generate(**without_pixels(x), past_key_values=cache, **GENERATED)
+    got = model.generate(**without_pixels(x), **{name: cache}, **GENERATED)
     assert torch.equal(got, model.generate(**x, **GENERATED))
 
 
@@ -792,8 +861,9 @@ def test_rope_types_that_cannot_be_stored(rope):
 def test_arguments_that_exclude_each_other(model, asked):
     x, kv = asked
     cache = DynamicCache(config=model.config.text_config)
-    with pytest.raises(ValueError, match="past_key_values must be None where voco_kv or two_stage is given"):
-        model.generate(**x, voco_kv=kv, past_key_values=cache, **GENERATED)
+    for name in CACHE_NAMES:
+        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be None where voco_kv or two_stage is given"):
+            model.generate(**x, voco_kv=kv, **{name: cache}, **GENERATED)
     with pytest.raises(ValueError, match="use_cache must be True where voco_kv or two_stage is given"):
         model.generate(**x, voco_kv=kv, use_cache=False, **GENERATED)
     with pytest.raises(ValueError, match="pixel_values must hold the images of the prompt that have no K/V"):
@@ -822,15 +892,16 @@ def test_other_numbers_of_images_than_the_prompts_have(model, count):
         model.generate(**x, **GENERATED)
 
 
-def test_a_cache_that_does_not_hold_the_images(model):
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_that_does_not_hold_the_images(model, name):
     """Behind a filled cache everything is plain causal: an image there would be seen by all later text."""
     x = inputs(model, ["<image>\nhow many?"])
     out = model.generate(**x, two_stage=True, return_dict_in_generate=True, **GENERATED)
-    more = {"input_ids": out.sequences, "past_key_values": out.past_key_values}
-    with pytest.raises(ValueError, match="past_key_values must come from a single pass over the beginning of input_ids"):
-        model.generate(**more, **GENERATED)
+    cache = {name: getattr(out, CACHE_NAME)}
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} must come from a single pass over the beginning of input_ids"):
+        model.generate(input_ids=out.sequences, **cache, **GENERATED)
     with pytest.raises(ValueError, match="input_ids must be text, .* behind a filled cache"):
-        model(**x, past_key_values=out.past_key_values)
+        model(**x, **cache)
 
 
 def test_attention_that_would_ignore_the_mask(model):

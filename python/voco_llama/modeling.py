@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from voco_kernels import VocoKV, VocoLayout
 from voco_kernels.integrations import transformers as voco_transformers
+from voco_kernels.integrations.transformers import CACHE_NAME
 
 from . import stages
 from .configuration import VocoLlavaConfig
@@ -103,7 +104,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -114,6 +115,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         segment_ids: torch.Tensor | None = None,
         public: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ):
         """LLaVA's forward under the VoCo mask.
@@ -126,6 +128,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             input_ids (int64 [B, S]; [1, N] where packed), pixel_values ([images, 3, H, W]), labels ([B, S], -100 ignored).
             voco_layout: B * S tokens, padding kept.
             segment_ids, public ([N]), cu_seqlens ([documents + 1]), position_ids ([1, N]): a packed batch.
+            cache, past_key_values: one cache, under either of the names that versions of transformers have for it.
 
         Returns:
             LlavaCausalLMOutputWithPast
@@ -134,10 +137,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: the LLaMA was switched to another attention than "voco", which would ignore the mask; an image with
                 VoCo tokens behind a filled cache; an incomplete packed batch.
         """
-        if past_key_values is not None and stages.length_of(past_key_values):
+        cache = voco_transformers.one_cache(cache, past_key_values)
+        if cache is not None and stages.length_of(cache):
             voco_layout = None
             new = input_ids if input_ids is not None else inputs_embeds
-            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, new.shape[1])
+            attention_mask = voco_transformers.decode_mask(cache, attention_mask, new.shape[1])
             if input_ids is not None and input_ids.shape[1] > 1:
                 voco_transformers.refuse_private_tokens(self.layout_of(input_ids))
         elif voco_layout is None and segment_ids is not None:
@@ -162,7 +166,6 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -170,28 +173,31 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             voco_layout=voco_layout,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
-        if voco_layout is not None and output.past_key_values is not None:
+        cache = getattr(output, CACHE_NAME)
+        if voco_layout is not None and cache is not None:
             batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-            voco_transformers.keep_public_keys(output.past_key_values, voco_layout, batch)
+            voco_transformers.keep_public_keys(cache, voco_layout, batch)
         return output
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+        self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, past_key_values=None, **kwargs
     ):
         """As in transformers, with the attention mask in terms of the keys that the cache still holds."""
-        if past_key_values is not None and stages.length_of(past_key_values):
+        cache = voco_transformers.one_cache(cache, past_key_values)
+        if cache is not None and stages.length_of(cache):
             next_sequence_length = voco_transformers.num_new_tokens(
-                past_key_values, next_sequence_length, kwargs.get("is_first_iteration")
+                cache, next_sequence_length, kwargs.get("is_first_iteration")
             )
             new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-            attention_mask = voco_transformers.decode_mask(past_key_values, attention_mask, new)
+            attention_mask = voco_transformers.decode_mask(cache, attention_mask, new)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -250,17 +256,18 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @torch.no_grad()
     def cache_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> Cache:
-        """Full caching: the K/V of every token of an uncompressed prefix, as a cache to pass as `past_key_values`.
+        """Full caching: the K/V of every token of an uncompressed prefix, as a cache to pass on.
 
         Args:
             input_ids ([1, S]): a prefix without VoCo tokens; pixel_values ([images, 3, H, W]): its images.
         """
-        return self(
+        output = self(
             input_ids=input_ids.to(self.device),
             pixel_values=pixel_values.to(self.device),
             use_cache=True,
             logits_to_keep=1,
-        ).past_key_values
+        )
+        return getattr(output, CACHE_NAME)
 
     @torch.no_grad()
     def generate(
@@ -278,7 +285,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             voco_kv: compressed images, one per image of all prompts in order, instead of `pixel_values`: stage 2 alone.
             two_stage: with `pixel_values`, compress first (segment by segment, in context where a segment is not closed)
                 and keep only public keys; memory then does not grow with the number of images.
-            kwargs: as in transformers.
+            kwargs: as in transformers; the cache of a conversation may be called `cache` or `past_key_values`.
 
         Returns:
             As in transformers: the given prompts followed by new tokens.
@@ -287,6 +294,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: `voco_kv` of another model, processor or VoCo count; prompts longer than the context, or without
                 text at the end; images of which there are neither pixels nor K/V; a cache that does not hold the images.
         """
+        cache = voco_transformers.rename_cache(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             return super().generate(**kwargs)
@@ -295,7 +303,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._check_context(layout)
         if voco_kv is not None or two_stage:
             return _generate_in_stages(self, super().generate, input_ids, layout, voco_kv, **kwargs)
-        self._check_images(input_ids, layout, kwargs.get("pixel_values"), kwargs.get("past_key_values"))
+        self._check_images(input_ids, layout, kwargs.get("pixel_values"), cache)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = layout.position_ids.view(input_ids.shape)
         return super().generate(input_ids, **kwargs)
@@ -332,7 +340,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             private = (~layout.public & (layout.segment_ids >= 0)).view(input_ids.shape)
             if bool(private[:, getattr(cache, "voco_prompt_length", 0) :].any()):
                 raise ValueError(
-                    "past_key_values must come from a single pass over the beginning of input_ids that holds all images "
+                    f"{CACHE_NAME} must come from a single pass over the beginning of input_ids that holds all images "
                     "with VoCo tokens, but did not"
                 )
         elif pixel_values is None and bool((input_ids == self.config.image_token_id).any()):
@@ -347,8 +355,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):
     """Stage 2 of prompts whose images come from `voco_kv` or are compressed first."""
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError("past_key_values must be None where voco_kv or two_stage is given, but was a cache")
+    if CACHE_NAME in kwargs:
+        raise ValueError(f"{CACHE_NAME} must be None where voco_kv or two_stage is given, but was a cache")
     config = kwargs.get("generation_config") or model.generation_config
     if kwargs.get("use_cache", config.use_cache) is False:
         raise ValueError("use_cache must be True where voco_kv or two_stage is given, but was False")
@@ -364,9 +372,8 @@ def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):
     beams, returned = (kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences"))
     if max(beams, returned) > 1:
         prompts.cache.batch_repeat_interleave(max(beams, returned))
-    output = generate(
-        prompts.input_ids, attention_mask=prompts.attention_mask, past_key_values=prompts.cache, **kwargs
-    )
+    kwargs[CACHE_NAME] = prompts.cache
+    output = generate(prompts.input_ids, attention_mask=prompts.attention_mask, **kwargs)
     given = input_ids.to(prompts.input_ids.device).repeat_interleave(returned, dim=0)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     sequences = torch.cat([given, sequences[:, prompts.input_ids.shape[1] :]], dim=1)

@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from voco_kernels import VocoKV, VocoLayout, extract_kv, inject_kv
+from voco_kernels.integrations.transformers import CACHE_NAME
 
 from .processing import pixels_digest
 
@@ -84,9 +85,10 @@ def compress(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, meta: d
     model._check_context(layout)
     device = model.device
     inv_freq, scaling = rotary_of(model.model.language_model)
-    cache = model.model(
+    output = model.model(
         input_ids=input_ids.to(device), pixel_values=pixel_values.to(device, model.dtype), use_cache=True
-    ).past_key_values
+    )
+    cache = getattr(output, CACHE_NAME)
     results = []
     for row in range(rows):
         index = public[row].nonzero()[:, 0].to(device)
@@ -142,7 +144,7 @@ def forward_runs(
     def forward(run: Run, into: DynamicCache) -> torch.Tensor:
         positions = (run.positions - shift)[None].to(language_model.device)
         return language_model(
-            inputs_embeds=embeddings(run), position_ids=positions, past_key_values=into, use_cache=True
+            inputs_embeds=embeddings(run), position_ids=positions, use_cache=True, **{CACHE_NAME: into}
         ).last_hidden_state
 
     for run in runs:

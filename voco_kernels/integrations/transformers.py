@@ -9,12 +9,13 @@ attention, which is what decoding and stage 2 need: after a masked prefill the c
 cache what the text may not see.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,6 +25,11 @@ from ..errors import reject
 from ..layout import VocoLayout
 
 NAME = "voco"
+
+# What transformers calls the cache, in a model's keywords and in its outputs: "past_key_values" before 5.24, "cache" since.
+# Calls into transformers use the name of the installed version; our callers may use either.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(x for x in CACHE_NAMES if x in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 
 # Rows per masked SDPA call when several new tokens meet a filled cache; bounds the mask to this many rows.
 ROW_CHUNK = 256
@@ -220,6 +226,21 @@ def num_new_tokens(cache: Cache, next_sequence_length: int | None, is_first_iter
     return next_sequence_length - (cache.voco_prompt_length - prefix.shape[1])
 
 
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call that may give it under either name; ValueError where it has both."""
+    if cache is not None and past_key_values is not None:
+        reject("cache", "None where past_key_values (its other name) is given", type(cache).__name__)
+    return past_key_values if cache is None else cache
+
+
+def rename_cache(kwargs: dict) -> Cache | None:
+    """Give the cache among a call's keywords, under whichever name, the name `CACHE_NAME`, in place; and return it."""
+    cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+    if cache is not None:
+        kwargs[CACHE_NAME] = cache
+    return cache
+
+
 def refuse_private_tokens(layout: VocoLayout) -> None:
     """ValueError where tokens that go behind a filled cache, plain causally, hold keys that later text may not see."""
     if bool((~layout.public & (layout.segment_ids >= 0)).any()):
@@ -253,7 +274,8 @@ def attach(model: torch.nn.Module, build_layout: LayoutBuilder) -> Callable[[], 
         reject("model", f'one with attn_implementation="{NAME}"', f'one with "{implementation}"')
 
     def before(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        # Under the name that the model does not know it would be ignored.
+        cache = rename_cache(kwargs)
         input_ids = args[0] if args else kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         if cache is not None and int(cache.get_seq_length()):
@@ -270,7 +292,7 @@ def attach(model: torch.nn.Module, build_layout: LayoutBuilder) -> Callable[[], 
         return args, kwargs
 
     def after(module, args, kwargs, output):
-        layout, cache = kwargs.get("voco_layout"), getattr(output, "past_key_values", None)
+        layout, cache = kwargs.get("voco_layout"), getattr(output, CACHE_NAME, None)
         if layout is not None and cache is not None:
             shape = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             keep_public_keys(cache, layout, shape.shape[0])
@@ -285,7 +307,7 @@ def attach(model: torch.nn.Module, build_layout: LayoutBuilder) -> Callable[[], 
         # A static cache's mask is made here, before the forward, so the mask has to be right here already.
         @wraps(prepare)
         def prepare_with_cache_mask(input_ids, **kwargs):
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            cache, mask = rename_cache(kwargs), kwargs.get("attention_mask")
             if cache is not None and int(cache.get_seq_length()):
                 new = num_new_tokens(cache, kwargs.get("next_sequence_length"), kwargs.get("is_first_iteration"))
                 kwargs["next_sequence_length"] = new
