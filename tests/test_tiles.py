@@ -229,6 +229,35 @@ def test_a_layout_of_the_same_tensors_finds_the_plan():
     assert again.tiles is None and tile_plan(again, GEOMETRY) is layout.tiles
 
 
+def test_a_moved_plan_is_found_by_the_tensors_alone():
+    moved = dataclasses.replace(LAYOUT).prepare().to("meta")
+    again = VocoLayout(moved.segment_ids, moved.public, moved.cu_seqlens, moved.segment_ids, moved.isolated)
+    assert tile_plan(again, GEOMETRY) is moved.tiles
+
+
+def test_changed_tensors_get_a_new_plan():
+    """Layouts must not be changed; whoever does it all the same gets no stale plan."""
+    layout = dataclasses.replace(LAYOUT, public=LAYOUT.public.clone())
+    before = tile_plan(layout, GEOMETRY)
+    layout.public[3] = True
+    assert not torch.equal(tile_plan(layout, GEOMETRY).key_tiles, before.key_tiles)
+
+
+def test_torch_may_rebuild_a_layout():
+    """FSDP and DDP with mixed precision take dataclasses among the arguments apart and put them together again."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    layout = dataclasses.replace(LAYOUT).prepare()
+    rebuilt = _apply_to_tensors(lambda x: x.clone(), {"voco_layout": layout})["voco_layout"]
+    assert rebuilt.tiles is None and torch.equal(rebuilt.segment_ids, layout.segment_ids)
+
+
+def test_pickled_plans_are_small():
+    layout = VocoLayout.from_spans([[*[Image(256, 2)] * 16, Text(100)]], isolated=True).prepare()
+    size = sum(getattr(layout.tiles, f.name).nbytes for f in dataclasses.fields(layout.tiles)[2:])
+    assert len(pickle.dumps(layout.tiles)) < size + 4096
+
+
 def test_what_a_graph_captures_is_not_kept(monkeypatch):
     """It has no values before the graph is replayed; what was made before may be used inside."""
     layout = dataclasses.replace(LAYOUT, segment_ids=LAYOUT.segment_ids.clone())

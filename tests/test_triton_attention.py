@@ -6,6 +6,9 @@ heads are few.
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +25,7 @@ from voco_kernels.backends import triton as backend
 from voco_kernels.backends.triton import launch
 from voco_kernels.tiles import TilePlan, build_tiles, keep
 
+ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if GPU else []
@@ -112,6 +116,24 @@ def test_scale(scale):
     assert_case(LAYOUTS["prime lengths"], torch.float32, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_very_large_and_very_small_scores(dtype):
+    layout = spans([Text(3), Image(9, 2), Text(20)], [Image(20, 2), Text(5)])
+    q, k, v, grad = inputs(layout, dtype)
+    # All scores of odd rows are very negative, those of even ones large.
+    k = k.abs()
+    q = 30 * q.abs() * (1 - 2 * (torch.arange(len(q)) % 2))[:, None, None]
+    x = (q.to(dtype), k, v, grad)
+    assert_attention([(results(*x, layout), x)], layout)
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
+def test_segments_back_to_back_with_public_tokens_at_both_ends(isolated):
+    """Rows of the next segment stand directly behind the last that may see a key of this one."""
+    layout = Pack([1] * 9 + [2] * 9, ([True] + [False] * 7 + [True]) * 2, [0, 18]).layout(isolated)
+    assert_case(layout, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_inputs(dtype):
     assert_case(LAYOUTS["prime lengths"], dtype, heads=(4, 2), head_dim=32, strided=True)
@@ -158,6 +180,27 @@ def on_a_device(plan: TilePlan, n: int) -> TilePlan:
     return dataclasses.replace(
         plan, counted=False, row_tiles=filled(plan.row_tiles), key_tiles=filled(plan.key_tiles)
     )
+
+
+@pytest.mark.parametrize("programs", [1, 2, None], ids=str)
+def test_nothing_is_read_behind_the_tables(programs, monkeypatch):
+    """Behind the tiles stands one that would overwrite the first rows with zeros."""
+    x = inputs(MIXED, torch.float16)
+    want = results(*x, MIXED)
+    plan = build_tiles(MIXED, launch.GEOMETRY)
+
+    def trapped(tiles):
+        trap = torch.zeros(4, tiles.shape[1], dtype=torch.int32)
+        trap[:, 1] = 64
+        return torch.cat([tiles, trap])[: len(tiles)]
+
+    layout = dataclasses.replace(MIXED).to(DEVICE)
+    trap = dataclasses.replace(plan, row_tiles=trapped(plan.row_tiles), key_tiles=trapped(plan.key_tiles))
+    keep(layout, trap if DEVICE == "cpu" else trap.to(DEVICE))
+    if programs is not None:
+        for module in ("forward", "backward"):
+            monkeypatch.setattr(f"voco_kernels.backends.triton.{module}.num_programs", lambda *_: programs)
+    assert_same(results(*x, layout), want)
 
 
 def test_plans_that_were_not_counted():
@@ -295,6 +338,26 @@ def test_without_gradients():
     assert torch.equal(out.cpu(), results(*x, grad, layout)["out"])
 
 
+def test_results_may_be_changed_in_place():
+    layout = spans([Image(9, 2), Text(5)]).to(DEVICE)
+    *x, _ = (t.to(DEVICE) for t in inputs(layout.to("cpu"), torch.float32))
+    with torch.no_grad():
+        out, lse = voco_attention(*x, layout, backend="triton", return_lse=True)
+    weight = torch.ones(2, 32, device=DEVICE, requires_grad=True)
+    out += weight
+    lse.mul_(2)
+    out.sum().backward()
+    assert weight.grad is not None
+
+
+def test_nan_does_not_look_like_padding():
+    layout = spans([Text(4)])
+    q, k, v, _ = (t.to(DEVICE) for t in inputs(layout, torch.float32, (1, 1)))
+    q[2] = float("nan")
+    out, lse = voco_attention(q, k, v, layout.to(DEVICE), backend="triton", return_lse=True)
+    assert out[2].isnan().all() and lse[2].isnan().all() and lse[[0, 1, 3]].isfinite().all()
+
+
 def test_inputs_are_left_alone():
     x = inputs(MIXED, torch.float16)
     copies = [t.clone() for t in x]
@@ -302,13 +365,31 @@ def test_inputs_are_left_alone():
     assert_same(dict(enumerate(x)), dict(enumerate(copies)))
 
 
-def test_float32_products_are_exact_unless_torch_says_otherwise():
-    assert launch.precision(torch.float32) == "ieee"
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        assert launch.precision(torch.float32) == "tf32" and launch.precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+NEW_SWITCH = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@pytest.mark.parametrize(
+    "allow",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+        pytest.param(
+            "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+            marks=pytest.mark.skipif(not NEW_SWITCH, reason="torch has no fp32_precision yet"),
+        ),
+    ],
+)
+def test_float32_products_are_exact_unless_torch_says_otherwise(allow):
+    """Whichever of its switches was used; each in a fresh process, since torch forbids to mix them."""
+    code = f"""
+import torch
+from voco_kernels.backends.triton.launch import precision
+print(precision(torch.float32), precision(torch.bfloat16))
+{allow}
+print(precision(torch.float32), precision(torch.bfloat16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "ieee", "tf32", "ieee"], done.stderr
 
 
 # ---- as an operator ----------------------------------------------------------------------------------------------------
@@ -384,6 +465,17 @@ def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     q = SimpleNamespace(dtype=torch.float16, shape=(3, 1, 32), device=torch.device("cuda"))
     assert backend.unsupported_reason(q, spans([Text(3)])) == "it needs compute capability 8.0, not 7.5"
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+def test_gpus_with_little_shared_memory(arch, monkeypatch):
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "arch_of", lambda device: arch)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for head_dim, reason in ((128, None), (160, "head_dim 160 needs more shared memory than compute capability")):
+        q = SimpleNamespace(dtype=torch.float16, shape=(3, 1, head_dim), device=torch.device("cuda"))
+        found = backend.unsupported_reason(q)
+        assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])

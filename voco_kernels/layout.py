@@ -5,8 +5,8 @@ the predicate of `VocoLayout.dense_mask`; attention backends read the same integ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -57,8 +57,8 @@ class VocoLayout:
     cu_seqlens: torch.Tensor
     position_ids: torch.Tensor
     isolated: bool
-    # Not a field of the constructor, so that `dataclasses.replace` never takes it to a layout that it is not the plan of.
-    tiles: "TilePlan | None" = field(default=None, init=False, repr=False)
+    # No field, so that `dataclasses.replace` (torch uses it, too) never takes it to a layout that it is not the plan of.
+    tiles: ClassVar["TilePlan | None"] = None
 
     # ---- constructors ------------------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class VocoLayout:
         Meant for a data loader: tiles travel with the layout through `to` and pickling, and the device has nothing left to
         do. Without it they are made at the layout's first use, on its device and without synchronising with it. Prepare a
         layout that several streams use before they part, and one that a CUDA graph uses before it is captured, unless the
-        graph makes the layout itself.
+        graph makes the layout itself; it must live as long as the graph.
         """
         from .planning import prepared_tiles
 

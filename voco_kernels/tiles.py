@@ -109,7 +109,8 @@ def build_tiles(layout: VocoLayout, geometry: Geometry) -> TilePlan:
     row_tiles, key_tiles = _row_tiles(tokens, geometry), _key_tiles(tokens, geometry)
     counted = layout.device.type == "cpu"
     if counted:
-        row_tiles, key_tiles = (tiles[: int((tiles[:, 1] > 0).sum())] for tiles in (row_tiles, key_tiles))
+        # A copy, because a slice would be pickled with all that it is a slice of.
+        row_tiles, key_tiles = (tiles[tiles[:, 1] > 0] for tiles in (row_tiles, key_tiles))
     return TilePlan(
         geometry,
         counted,

@@ -15,6 +15,8 @@ from .launch import MAX_HEAD_DIM, MIN_HEAD_DIM, geometry_of, launch_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_ARCH = 80
+# GPUs with 99 KiB of shared memory for a program; the kernels need up to 131 at head_dim 256.
+SMALL_SHARED = (86, 89, 120, 121)
 
 
 def unavailable_reason() -> str | None:
@@ -36,8 +38,11 @@ def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str
         return None
     if q.device.type != "cuda" or torch.version.cuda is None:
         return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
-    if arch_of(q.device) < LEAST_ARCH:
-        return f"it needs compute capability 8.0, not {arch_of(q.device) / 10}"
+    arch = arch_of(q.device)
+    if arch < LEAST_ARCH:
+        return f"it needs compute capability 8.0, not {arch / 10}"
+    if q.shape[2] > 128 and arch in SMALL_SHARED:
+        return f"head_dim {q.shape[2]} needs more shared memory than compute capability {arch / 10} has"
     return None
 
 

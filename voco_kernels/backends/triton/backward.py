@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from ...tiles import TilePlan
-from .launch import launch_of, needs_int64, num_programs, padded_head_dim, precision, prepared, strides_of
+from .launch import (
+    launch_of,
+    needs_int64,
+    num_programs,
+    padded_head_dim,
+    precision,
+    prepared,
+    strides_of,
+    unpadded,
+)
 from .steps import (
     SIZES,
     load_pair,
@@ -137,11 +146,13 @@ def _collect(
     q_ptr, grad_ptr, lse_ptr, delta_ptr = pointers
     stride_q, stride_qh, stride_grad, stride_gradh = strides
     PRECISION: tl.constexpr = META[3]
+    # At least 1 as a divisor: the pipelined loop prepares its first steps even where it has none.
     steps = tl.cdiv(tl.maximum(end - begin, 0), R)
+    divisor = tl.maximum(steps, 1)
     for step in tl.range(0, steps * group):
-        member = (step // steps).to(tl.int64)
+        member = (step // divisor).to(tl.int64)
         source = (q_ptr + member * stride_qh, grad_ptr + member * stride_gradh, stride_q, stride_grad, index_ptr)
-        rows, present, q_tile, grad_tile = load_pair(source, begin + step % steps * R, end, R, META, GATHER, True)
+        rows, present, q_tile, grad_tile = load_pair(source, begin + step % divisor * R, end, R, META, GATHER, True)
         # A row that is not there has weight exp(0 - inf) = 0.
         lse = tl.load(lse_ptr + member * num_tokens + rows, mask=present, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + member * num_tokens + rows, mask=present, other=0.0)
@@ -255,10 +266,10 @@ def backward(
     """(dq, dk, dv), contiguous, from what the forward took and returned."""
     head_dim = q.shape[2]
     q, k, v, out, grad = prepared(q), prepared(k), prepared(v), prepared(out), prepared(grad_out)
-    lse = lse.t().contiguous()
+    lse = lse.t().contiguous().t()  # itself, as the forward returns it
     n, heads, padded = q.shape
     kv_heads = k.shape[1]
-    delta = torch.empty_like(lse)
+    delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     shared = {
         "INDEX": tl.int64 if needs_int64(q, k, v, out, grad, dq, dk, dv) else tl.int32,
@@ -286,4 +297,4 @@ def backward(
                 KEYS=plan.geometry.keys, R=launch.step, EDGE_R=launch.edge_step,
                 num_warps=launch.warps, num_stages=launch.stages, **shared,
             )  # fmt: skip
-    return tuple(x[..., :head_dim].contiguous() for x in (dq, dk, dv))
+    return tuple(unpadded(x, head_dim) for x in (dq, dk, dv))

@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from ...tiles import TilePlan
-from .launch import launch_of, needs_int64, num_programs, padded_head_dim, precision, prepared, strides_of
+from .launch import (
+    launch_of,
+    needs_int64,
+    num_programs,
+    padded_head_dim,
+    precision,
+    prepared,
+    strides_of,
+    unpadded,
+)
 from .steps import (
     SIZES,
     load_pair,
@@ -83,7 +92,7 @@ def _row_tile(
     acc, row_sum, row_max = _attend(state, q_tile, rows, source, edge, own[2], scale_log2, EDGE_K, META, False, True)
 
     # A row that sees nothing has a sum of 0: its output is 0 and its lse log(0) = -inf.
-    sees = row_sum > 0.0
+    sees = row_sum != 0.0
     row_sum = tl.where(sees, row_sum, 1.0)
     store_tokens(out_ptr, rows, stride_out, acc / row_sum[:, None], count, META)
     lse = tl.where(sees, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
@@ -129,12 +138,13 @@ def forward_kernel(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan, scale: float, arch: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, a transposed view) on a GPU of compute capability `arch` / 10."""
+    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head) on a GPU of compute capability `arch` / 10."""
     head_dim = q.shape[2]
     q, k, v = prepared(q), prepared(k), prepared(v)
     n, heads, padded = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(heads, n, dtype=torch.float32, device=q.device)
+    # Each head's numbers side by side, as the kernels write and read them; not a view, which autograd would guard.
+    lse = torch.empty_strided((n, heads), (1, n), dtype=torch.float32, device=q.device)
     launch = launch_of("forward", arch, padded, q.dtype)
     if n:
         with on_device(q):
@@ -147,4 +157,4 @@ def forward(
                 HEAD_DIM=padded, BLOCK_D=padded_head_dim(padded), PRECISION=precision(q.dtype),
                 num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
             )  # fmt: skip
-    return out[..., :head_dim].contiguous(), lse.t()
+    return unpadded(out, head_dim), lse

@@ -141,6 +141,11 @@ def prepared(x: torch.Tensor) -> torch.Tensor:
     return copy
 
 
+def unpadded(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A result [N, H, D] without the columns that `prepared` added, contiguous; itself where there are none."""
+    return x if x.shape[2] == head_dim else x[..., :head_dim].contiguous()
+
+
 def strides_of(x: torch.Tensor) -> tuple[int, int]:
     """(stride of tokens, stride of heads) in elements; 0 where there is only one, whatever the tensor says."""
     return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in (0, 1))
@@ -153,7 +158,12 @@ def needs_int64(*tensors: torch.Tensor) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: exactly, unless torch is allowed to use TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 there are two ways to allow it; reading the old one raises once the new one was used.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def num_programs(tiles: torch.Tensor, plan: TilePlan, heads: int) -> int:
