@@ -27,7 +27,7 @@ class Launch:
 
     Attributes:
         step: keys (dK/dV: rows) per step where nothing is masked.
-        edge_step: the same where something may be; a smaller one wastes less along the diagonal.
+        edge_step: the same where something may be; a smaller one wastes less where a range ends unevenly.
         warps, stages: as Triton calls them.
     """
 
@@ -42,7 +42,7 @@ class Launch:
 # precision up to head_dim 128, and among such parameters the most warps that fit on a multiprocessor. `bench/tune_triton.py`
 # measures the alternatives on a GPU and prints tables like these.
 FORWARD = {
-    # Edges of 32 keys compute a quarter less than edges of 64, and need fewer registers.
+    # Edges of 32 keys waste less than edges of 64 where a range ends unevenly, and need fewer registers.
     (80, 32, "half"): Launch(64, 32, warps=4, stages=2),
     (80, 64, "half"): Launch(64, 32, warps=4, stages=3),
     # Steps of 64 keys fill the registers: Triton 3.6 spills 15 of them, 3.9 none.
