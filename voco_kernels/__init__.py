@@ -3,7 +3,8 @@
 from .attention import voco_attention
 from .backends import BackendStatus, backend_status, compiled_module
 from .draw import draw, draw_on, draw_plan
-from .kv_cache import VocoKV, extract_kv, inject_kv
+from .kv_cache import VocoKV
+from .kv_path import extract_kv, inject_kv
 from .layout import Image, Text, VocoLayout
 from .version import __version__
 

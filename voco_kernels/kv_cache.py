@@ -1,18 +1,15 @@
-"""Compressed K/V as values of their own: take them out of a model's keys and values, keep them, put them into a cache."""
+"""Compressed K/V as values of their own: joined, cut, moved, saved."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import backends, ops
-from .errors import reject, require_integers, require_tensor
+from .errors import reject, require_tensor
 
 KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
-MAX_POSITION = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,120 +136,6 @@ class VocoKV:
         return kv_file.load(path)
 
 
-def extract_kv(
-    keys: torch.Tensor | Sequence[torch.Tensor],
-    values: torch.Tensor | Sequence[torch.Tensor],
-    index: torch.Tensor,
-    positions: torch.Tensor | None = None,
-    inv_freq: torch.Tensor | None = None,
-    attention_scaling: float = 1.0,
-    backend: str = "auto",
-    *,
-    check: bool = False,
-) -> VocoKV:
-    """Take the K/V of selected tokens out of a model's keys and values. Not differentiable.
-
-    Keys that went through RoPE are rotated back: R(-position) k / attention_scaling in float32, rounded once.
-
-    Args:
-        keys, values: L tensors [N, Hkv, D] or one [L, N, Hkv, D]; any strides. A Hugging Face cache layer [B, Hkv, S, D] is
-            passed as `layer.keys[b].transpose(0, 1)`.
-        index (int64 [T]): tokens to take, 0 to N-1.
-        positions (int64 [T]): positions of the selected tokens; given exactly where the keys are after RoPE.
-        inv_freq (float [D/2]), attention_scaling: of the model's rotary embedding; needed with `positions`.
-        backend: "auto" or "torch".
-        check: check the values of `index` and `positions` on a device too (synchronises).
-
-    Returns:
-        VocoKV with k, v [L, T, Hkv, D], copies of the dtype of the inputs.
-
-    Raises:
-        ValueError: an argument of the wrong shape, dtype, device or value.
-    """
-    keys, values = _layers("keys", keys, (3,)), _layers("values", values, (3,))
-    _check_layers("values", values, keys)
-    n, _, head_dim = keys[0].shape
-    require_integers("index", index)
-    require_tensor("index", index, ndim=1)
-    _check_device("index", index, keys[0])
-    _check_range("index", index, 0, n - 1, check)
-    if (positions is None) != (inv_freq is None):
-        reject("inv_freq", "given exactly where positions are", "None" if inv_freq is None else "given")
-    if positions is not None:
-        _check_rotation(positions, inv_freq, attention_scaling, index.shape[0], head_dim, keys[0], check)
-    name = "torch" if backend == "auto" else backend
-    with torch.no_grad():
-        if torch.compiler.is_compiling():
-            k, v = ops.extract_kv_op(keys, values, index, positions, inv_freq, float(attention_scaling), name)
-        else:
-            module = backends.load(backends.KV, name)
-            k, v = module.extract_kv(keys, values, index, positions, inv_freq, attention_scaling)
-    return VocoKV(k, v)
-
-
-def inject_kv(
-    kv: VocoKV,
-    k_cache: torch.Tensor | Sequence[torch.Tensor],
-    v_cache: torch.Tensor | Sequence[torch.Tensor],
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    inv_freq: torch.Tensor,
-    attention_scaling: float = 1.0,
-    backend: str = "auto",
-    *,
-    check: bool = False,
-) -> None:
-    """Write K/V into the cache of a model, keys rotated to their positions. Not differentiable.
-
-    A key becomes `attention_scaling * R(position) k` in float32 (the angle is the float32 product position x inv_freq, as in
-    transformers), rounded once to the cache's dtype; values are copied. Slots that are not named keep their bits.
-
-    Args:
-        kv: T tokens of L layers.
-        k_cache, v_cache: written in place. L tensors or one with a leading dimension L; each [slots, Hkv, D], or paged
-            [blocks, block, Hkv, D] where slot s is row s % block of block s // block. Any strides: a Hugging Face cache
-            [B, Hkv, S, D] is passed as `.transpose(1, 2)`, B blocks of S slots.
-        slots (int64 [T]): where each token goes; -1 skips it; otherwise no slot twice.
-        positions (int64 [T]): RoPE positions, -2^20 to 2^20.
-        inv_freq (float [D/2]), attention_scaling: of the model's rotary embedding.
-        backend: "auto" or "torch".
-        check: check the values of `slots` and `positions` on a device too (synchronises).
-
-    Raises:
-        ValueError: an argument of the wrong shape, dtype, device or value; nothing is written then.
-    """
-    if not isinstance(kv, VocoKV):
-        reject("kv", "a VocoKV", type(kv).__name__)
-    k_caches, v_caches = _layers("k_cache", k_cache, (3, 4)), _layers("v_cache", v_cache, (3, 4))
-    _check_layers("v_cache", v_caches, k_caches)
-    if len(k_caches) != kv.num_layers:
-        reject("k_cache", f"of {kv.num_layers} layers, as kv is", f"of {len(k_caches)}")
-    if tuple(k_caches[0].shape[-2:]) != tuple(kv.k.shape[-2:]):
-        must = f"of {kv.k.shape[2]} heads of {kv.k.shape[3]}, as kv is"
-        reject("k_cache", must, f"of shape {list(k_caches[0].shape)}")
-    for name, caches in (("k_cache", k_caches), ("v_cache", v_caches)):
-        for x in caches:
-            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-                reject(name, "memory of its own for every element", f"expanded (strides {list(x.stride())})")
-    _check_device("kv", kv.k, k_caches[0])
-    require_integers("slots", slots, shape=(kv.num_tokens,))
-    _check_device("slots", slots, k_caches[0])
-    num_slots = k_caches[0].shape[:-2].numel()
-    _check_range("slots", slots, -1, num_slots - 1, check)
-    if _may_read(slots, check):
-        used, counts = slots[slots >= 0].unique(return_counts=True)
-        if bool((counts > 1).any()):
-            reject("slots", "different from each other (or -1)", f"{int(used[counts > 1][0])} more than once")
-    _check_rotation(positions, inv_freq, attention_scaling, kv.num_tokens, kv.k.shape[3], k_caches[0], check)
-    name = "torch" if backend == "auto" else backend
-    arguments = (kv.k, kv.v, kv.k_scale, kv.v_scale, k_caches, v_caches, slots, positions, inv_freq)
-    with torch.no_grad():
-        if torch.compiler.is_compiling():
-            ops.inject_kv_op(*arguments, float(attention_scaling), name)
-        else:
-            backends.load(backends.KV, name).inject_kv(*arguments, attention_scaling)
-
-
 def _cut_segments(segments, begin: int, end: int) -> list[tuple[int, int]] | None:
     if segments is None:
         return None
@@ -264,62 +147,3 @@ def _cut_segments(segments, begin: int, end: int) -> list[tuple[int, int]] | Non
             return None
         at += voco
     return kept
-
-
-def _layers(name: str, tensors: torch.Tensor | Sequence[torch.Tensor], ndims: tuple[int, ...]) -> list[torch.Tensor]:
-    """One tensor per layer, all of one shape, dtype and device."""
-    if isinstance(tensors, torch.Tensor):
-        if tensors.ndim - 1 not in ndims:
-            must = " or ".join(f"[L, {'blocks, block' if n == 4 else 'N'}, Hkv, D]" for n in ndims)
-            reject(name, f"of shape {must}, or a list of layers", f"of shape {list(tensors.shape)}")
-        tensors = tensors.unbind(0)
-    layers = [require_tensor(f"{name}[{i}]", x) for i, x in enumerate(tensors)]
-    if not layers:
-        reject(name, "at least one layer", "empty")
-    first = layers[0]
-    for i, x in enumerate(layers):
-        if x.ndim not in ndims or x.dtype not in KV_DTYPES:
-            must = f"floating point of {' or '.join(map(str, ndims))} dimensions"
-            reject(f"{name}[{i}]", must, f"{x.dtype} of shape {list(x.shape)}")
-        if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
-            must = f"{first.dtype} on {first.device} of shape {list(first.shape)}, as {name}[0] is"
-            reject(f"{name}[{i}]", must, f"{x.dtype} on {x.device} of shape {list(x.shape)}")
-    return layers
-
-
-def _check_layers(name: str, layers: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    x, y = layers[0], others[0]
-    if len(layers) != len(others) or (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
-        must = f"{len(others)} layers, {y.dtype} on {y.device} of shape {list(y.shape)}"
-        reject(name, must, f"{len(layers)} layers, {x.dtype} on {x.device} of shape {list(x.shape)}")
-
-
-def _check_device(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
-    if x.device != like.device:
-        reject(name, f"on {like.device}", f"on {x.device}")
-
-
-def _may_read(x: torch.Tensor, check: bool) -> bool:
-    """Whether values may be looked at: always on the CPU, on a device when asked to, never while a graph is traced."""
-    return (check or x.device.type == "cpu") and not torch.compiler.is_compiling()
-
-
-def _check_range(name: str, x: torch.Tensor, low: int, high: int, check: bool) -> None:
-    if _may_read(x, check) and x.numel():
-        least, most = int(x.min()), int(x.max())
-        if least < low or most > high:
-            reject(name, f"between {low} and {high}", least if least < low else most)
-
-
-def _check_rotation(positions, inv_freq, attention_scaling, tokens: int, head_dim: int, like, check: bool) -> None:
-    require_integers("positions", positions, shape=(tokens,))
-    _check_device("positions", positions, like)
-    _check_range("positions", positions, -MAX_POSITION, MAX_POSITION, check)
-    if not require_tensor("inv_freq", inv_freq).is_floating_point() or tuple(inv_freq.shape) != (head_dim // 2,):
-        must = f"floating point of shape [{head_dim // 2}] (half of head_dim {head_dim})"
-        reject("inv_freq", must, f"{inv_freq.dtype} of shape {list(inv_freq.shape)}")
-    _check_device("inv_freq", inv_freq, like)
-    if head_dim % 2:
-        reject("head_dim", "even for RoPE", head_dim)
-    if not 0 < attention_scaling < math.inf:
-        reject("attention_scaling", "finite and above 0", attention_scaling)
