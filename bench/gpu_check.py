@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from bench import gpu_checks, gpu_peers, gpu_timing, verified
+from bench import gpu_checks, gpu_kv, gpu_peers, gpu_timing, verified
 from bench.conftest import describe_machine
 from bench.gpu_table import table_lines
+from bench.kv_problem import Problem as KVProblem
 from bench.measure import Comparison, Row
-from bench.shapes import GPU, AttentionShape
+from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape
 
 FORMAT_VERSION = 1
 # Seconds that stay for timing however long tests and sanitizers take, and what compiling FlexAttention for a shape may need.
@@ -47,6 +48,8 @@ class Settings:
     backend: str = "triton"
     dtype: torch.dtype = torch.bfloat16
     shapes: dict[str, AttentionShape] = field(default_factory=lambda: GPU)
+    kv_backends: tuple[str, ...] = gpu_kv.BACKENDS
+    kv_shapes: dict[str, KVShape] = field(default_factory=lambda: GPU_KV)
     tests: Path = verified.ROOT / "tests"
     sanitizers: tuple[str, ...] = gpu_checks.SANITIZERS
     results: Path = verified.ROOT / "bench" / "results"
@@ -69,7 +72,7 @@ class GpuCheck:
         self.proved: set[str] = set()
         self.found: dict[str, Any] = {
             "format_version": FORMAT_VERSION, **describe_gpu(settings.device, settings.commit), "backend": settings.backend,
-            "checks": {}, "backends": {}, "sanitizers": {}, "shapes": {}, "comparisons": [],
+            "checks": {}, "backends": {}, "sanitizers": {}, "shapes": {}, "comparisons": [], "kv": {},
         }  # fmt: skip
         name = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
         self.path = settings.results / f"{name}-{self.found['date'][:10]}.json"
@@ -112,12 +115,14 @@ class GpuCheck:
         with tempfile.TemporaryDirectory() as reports, ThreadPoolExecutor(workers) as pool:
             began = monotonic()
             files = gpu_checks.start_gpu_tests(pool, settings.tests, Path(reports), until)
-            arguments = (settings.device.type, settings.backend, until)
+            arguments = (settings.device.type, settings.backend, settings.kv_backends, until)
             tools = {tool: pool.submit(gpu_checks.run_sanitizer, tool, *arguments) for tool in settings.sanitizers}
             for name, shape in settings.shapes.items():
                 self.step(f"check {name}", lambda shape=shape: self.check(shape))
             for backend in gpu_checks.OTHER_BACKENDS:
                 self.step(f"check backend {backend}", lambda backend=backend: self.check_backend(backend))
+            for backend in (*settings.kv_backends, "torch"):
+                self.step(f"check K/V path {backend}", lambda backend=backend: self.check_kv(backend))
             self.found["tests"] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
             for name, future in files.items():
                 self.step(f"tests/{name}", lambda future=future: self.count_tests(future), since=began)
@@ -153,6 +158,14 @@ class GpuCheck:
         self.found["backends"][backend] = worst = gpu_checks.merged(*errors)
         refused = len(settings.shapes) - len(errors)
         return f"{len(errors)} shapes, {refused} refused; error / bound {max(worst.values()):.2f}"
+
+    def check_kv(self, backend: str) -> str:
+        """Extraction and injection of the smaller shapes against the reference; then the kernels count as verified."""
+        checked = [shape for name, shape in self.settings.kv_shapes.items() if name in KV]
+        for shape in checked:
+            gpu_kv.check(shape, self.settings.device, self.settings.dtype, backend)
+        self.proved.add(f"{backend} K/V path")
+        return f"{len(checked)} shapes keep to the error rule"
 
     def count_tests(self, future: Future) -> str:
         """Add a file's tests to the counts; fail where one of them failed."""
@@ -209,6 +222,9 @@ class GpuCheck:
             self.step(f"time {name}", lambda shape=shape: self.time_shape(shape, clock))
             # Kept as it grows, in case that the run is cut off.
             verified.write_json(self.path, self.found)
+        for name, shape in self.settings.kv_shapes.items():
+            self.step(f"time K/V {name}", lambda shape=shape: self.time_kv(shape, clock))
+            verified.write_json(self.path, self.found)
 
     def time_ceilings(self, clock: gpu_timing.Clock) -> str:
         """What the device does at best."""
@@ -258,6 +274,23 @@ class GpuCheck:
                 "extra_bytes": gpu_timing.extra_memory(candidates[0].run, clock),
             }
         return ", ".join(medians)
+
+
+    def time_kv(self, shape: KVShape, clock: gpu_timing.Clock) -> str:
+        """Injection of ours and of the loops, as graph replays, and what a call costs the host."""
+        settings = self.settings
+        if monotonic() > self.deadline:
+            return "not run: no time was left"
+        problem = KVProblem(shape, settings.device, settings.dtype)
+        candidates = gpu_kv.candidates(problem, settings.kv_backends)
+        rows = gpu_timing.time_in_turns(candidates, clock, settings.seconds)
+        moved = shape.moved_bytes(settings.dtype)
+        comparison = Comparison("injection", shape.name, rows, moved / 1e9, "GB/s")
+        self.found["comparisons"].append(comparison.as_dict())
+        host = gpu_kv.host_microseconds(shape, settings.device, settings.kv_backends[0])
+        self.found["kv"][shape.name] = {"moved_bytes": moved, "host_us": round(host, 2)}
+        assert rows[0].status == "ok", rows[0].status
+        return f"{rows[0].percentile(50) * 1e6:.1f} us, {host:.1f} us on the host beyond the launch"
 
 
 def describe_gpu(device: torch.device, commit: str | None) -> dict[str, Any]:

@@ -105,17 +105,19 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
 
 
-def run_sanitizer(tool: str, device: str, backend: str, deadline: float) -> str:
+def run_sanitizer(tool: str, device: str, backend: str, kv_backends: tuple[str, ...], deadline: float) -> str:
     """Run `bench.sanitized` under a tool: "pass", "fail: ...", or "not run: ..." with what the tool says."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return "not run: there is no compute-sanitizer on PATH or in a CUDA toolkit"
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
     if tool == "racecheck":
-        # torch's own kernels synchronise in ways that the tool does not follow. Theirs are C++ names, ours are not.
+        # torch's own kernels synchronise in ways that the tool does not follow. Theirs are C++ names, those of our Triton
+        # kernels are not; our CUDA kernels share no memory.
         command += ["--kernel-name-exclude", "kns=_Z"]
     limit = min(SANITIZER_LIMIT, deadline - monotonic())
     command += [sys.executable, "-m", "bench.sanitized", "--device", device, "--backend", backend]
+    command += ["--kv-backends", *kv_backends]
     return verdict(*run_command(command, limit), limit)
 
 

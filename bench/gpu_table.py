@@ -1,5 +1,6 @@
 """The table at the end of `make gpu-check`, from what its results file holds."""
 
+from bench.gpu_kv import CONCATENATION, COPY, COPY_TARGET, HOST_TARGET, LOOP, MICROSECONDS_TARGET, NOTHING
 from bench.gpu_peers import DENSE, FLEX, FLEX_BUILT, OURS, ROOF_TARGETS, SPLIT
 
 PLAN_TARGET = 30.0  # microseconds on a GPU, for 16k tokens
@@ -11,7 +12,7 @@ COLUMNS = (
 
 
 def table_lines(found: dict) -> list[str]:
-    """About a dozen lines: the machine, the checks, the plan, and a row per shape with targets in brackets."""
+    """About twenty lines: the machine, the checks, the plan, and a row per shape with targets in brackets."""
     shapes = [[name, *_row(found, name)] for name in found["checks"]]
     widths = [max(len(row[i]) for row in [COLUMNS, *shapes]) for i in range(len(COLUMNS))]
     lines = [
@@ -19,7 +20,7 @@ def table_lines(found: dict) -> list[str]:
         for row in [COLUMNS, *shapes]
     ]
     explained = "medians; split, flex (+mask: built in every call) and dense as ratios to ours; what is wanted in brackets"
-    return [_machine(found), _checks(found), _limits(found), explained, *lines, _verdict(found)]
+    return [_machine(found), _checks(found), _limits(found), explained, *lines, *_kv_lines(found), _verdict(found)]
 
 
 def _machine(found: dict) -> str:
@@ -75,6 +76,24 @@ def _row(found: dict, name: str) -> list[str]:
         *(_ratio(rows.get(("forward_backward", peer))) for peer in (SPLIT, FLEX, DENSE)),
         " / ".join(MISSING if x is None else f"{x / 2**20:.0f}" for x in extra),
     ]
+
+
+def _kv_lines(found: dict) -> list[str]:
+    """A line per shape of the K/V path: every row in microseconds, and what is wanted."""
+    lines = []
+    for comparison in found["comparisons"]:
+        if comparison["task"] != "injection":
+            continue
+        us = {row["name"]: 1e3 * row["p50_ms"] for row in comparison["rows"] if "p50_ms" in row}
+        ours = next((us[name] for name in us if name not in (NOTHING, COPY, LOOP, CONCATENATION)), None)
+        parts = [f"{name} {value:.1f} us" for name, value in us.items()]
+        if ours is not None and NOTHING in us and COPY in us:
+            parts.append(f"beyond an empty kernel {ours - us[NOTHING]:.1f} us (image: <= {MICROSECONDS_TARGET:g})")
+            parts.append(f"times a copy {ours / us[COPY]:.2f} (long_video: <= {COPY_TARGET:g})")
+        if entry := found.get("kv", {}).get(comparison["shape"]):
+            parts.append(f"host beyond the launch {entry['host_us']:.1f} us (<= {HOST_TARGET:g})")
+        lines.append(f"inject {comparison['shape']}: {'; '.join(parts)}")
+    return lines
 
 
 def _time(row: dict | None) -> str:

@@ -1,11 +1,15 @@
-"""Forward and backward of a few small layouts, for a sanitizer to watch; `bench.gpu_check` runs it."""
+"""Attention of a few small layouts, forward and backward, and the K/V path, for a sanitizer to watch.
+
+`bench.gpu_check` runs it.
+"""
 
 import argparse
 
 import torch
 
+from bench import gpu_kv
 from bench.gpu_peers import inputs_of, results_of
-from bench.shapes import AttentionShape
+from bench.shapes import AttentionShape, KVShape
 from voco_kernels import Image, Text
 
 # Tiles that end inside a segment, VoCo keys behind text, text in several runs; everything short, since a sanitizer is slow.
@@ -14,6 +18,7 @@ SHAPES = (
     AttentionShape("turns", "segments that see text", ((Text(9), Image(66, 2), Text(70), Image(20, 1)),), False, 2, 1),
     AttentionShape("pack", "documents of all kinds", ((Text(5),), (Image(130, 5),), (Image(3, 1), Text(18))), True, 4, 2),
 )
+KV_SHAPE = KVShape("images", "few tokens in few layers", images=2, vision=9, voco=3, layers=3, kv_heads=2, head_dim=64)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,13 +26,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitized", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")
+    parser.add_argument("--kv-backends", nargs="*", default=gpu_kv.BACKENDS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     for shape in SHAPES:
         inputs = inputs_of(shape, device, torch.bfloat16)
         results = results_of(*inputs, shape.layout().to(device), options.backend)
         assert all(bool(x.isfinite().all()) for x in results.values()), shape.name
-    print(f"{len(SHAPES)} layouts, forward and backward")
+    for backend in options.kv_backends:
+        gpu_kv.check(KV_SHAPE, device, torch.bfloat16, backend)
+    print(f"{len(SHAPES)} layouts, forward and backward; K/V path of {', '.join(options.kv_backends)}")
 
 
 if __name__ == "__main__":

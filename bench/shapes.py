@@ -175,3 +175,14 @@ KV = {
         ),
     )
 }
+
+GPU_KV = {
+    **KV,
+    "long_video": KVShape(
+        "long_video",
+        "1,600 frames of 8 tokens, 6.7 GB in half precision: so much that only the memory's speed counts",
+        images=1600,
+        vision=256,
+        voco=8,
+    ),
+}

@@ -31,8 +31,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "triton backward": (*_SHARED, f"{_TRITON}/backward.py"),
     "torch": ("voco_kernels/plan.py", "voco_kernels/backends/reference.py", "voco_kernels/backends/torch.py"),
     "flash": ("voco_kernels/plan.py", "voco_kernels/backends/flash.py"),
+    "torch K/V path": ("voco_kernels/kv_path.py", "voco_kernels/backends/torch_kv.py"),
+    "triton K/V path": ("voco_kernels/kv_path.py", f"{_TRITON}/kv.py"),
+    "cuda K/V path": (
+        "voco_kernels/kv_path.py", "voco_kernels/backends/cuda/kv.py", "csrc/kv_cache.cu", "csrc/bindings.cpp",
+        "csrc/include/voco/kv_cache.h", "csrc/include/voco/kv_cache.cuh", "csrc/include/voco/rotary.cuh",
+        "csrc/include/voco/ops.cuh",
+    ),
     "compiled module": (
-        "voco_kernels/backends/cuda.py", "csrc/bindings.cpp", "csrc/device.cu", "csrc/include/voco/device.h",
+        "voco_kernels/backends/cuda/__init__.py", "csrc/bindings.cpp", "csrc/device.cu", "csrc/include/voco/device.h",
     ),
 }  # fmt: skip
 TRITON_GROUPS = ("triton plan", "triton forward", "triton backward")
@@ -58,7 +65,9 @@ TABLE = (
     TableRow("`reference`, `torch`", "tested", ("torch",)),
     TableRow("`flash`", "needs a GPU; refusals tested", ("flash",)),
     TableRow("`triton` attention", "tested in Triton's interpreter", TRITON_GROUPS),
-    TableRow("`cuda`", "raises: not in this version"),
+    TableRow("`triton` K/V path", "tested in Triton's interpreter", ("triton K/V path",)),
+    TableRow("`cuda` K/V path", "tested in an emulation of the GPU", ("cuda K/V path",)),
+    TableRow("`torch` K/V path", "tested", ("torch K/V path",)),
     TableRow("compiled module (device query)", "loads, tested", ("compiled module",)),
 )
 COLUMNS = {"sm_80": "A100 (sm_80)", "sm_90": "H100, H200 (sm_90)"}

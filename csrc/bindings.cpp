@@ -1,11 +1,16 @@
 // The Python module voco_kernels._cuda: the only file that knows Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "voco/device.h"
+#include "voco/kv_cache.h"
 
 namespace py = pybind11;
 
@@ -55,6 +60,98 @@ py::list device_query() {
   return devices;
 }
 
+// Kernels run on the device of their tensors; -1 is the host, on which tests emulate them.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index) : index_(index), previous_(index) {
+    if (index_ >= 0) check(voco::enter_device(index_, &previous_), "CUDA device");
+  }
+  ~DeviceGuard() {
+    int entered = 0;
+    if (previous_ != index_) voco::enter_device(previous_, &entered);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int index_, previous_;
+};
+
+using Address = uint64_t;
+using Strides = std::array<int64_t, 4>;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+const float* floats(Address address) { return reinterpret_cast<const float*>(address); }
+
+voco::CacheStrides cache_strides(const Strides& s) { return {s[0], s[1], s[2], s[3]}; }
+voco::RowStrides row_strides(const Strides& s) { return {s[0], s[1], s[2], s[3]}; }
+
+// The launch of one group of layers: everything that stays the same from call to call.
+class KvMover {
+ public:
+  KvMover(bool inject, int device, int first_layer, const std::vector<Address>& k_caches,
+          const std::vector<Address>& v_caches, int cache_dtype, const Strides& k_cache_strides,
+          const Strides& v_cache_strides, int64_t block_size, int64_t num_slots, Address slots, bool wide_slots,
+          Address positions, bool wide_positions, Address inv_freq, float multiplier, int tokens, int heads, int half)
+      : direction_(inject ? voco::Direction::kInject : voco::Direction::kExtract),
+        device_(device),
+        first_layer_(first_layer),
+        cache_(static_cast<voco::Dtype>(cache_dtype)),
+        rows_(cache_) {
+    if (k_caches.size() != v_caches.size() || k_caches.size() > voco::kMaxLayers) {
+      throw std::invalid_argument("too many layers for one launch");
+    }
+    move_.layers = static_cast<int>(k_caches.size());
+    for (int layer = 0; layer < move_.layers; ++layer) {
+      move_.k_cache[layer] = pointer(k_caches[layer]);
+      move_.v_cache[layer] = pointer(v_caches[layer]);
+    }
+    move_.k_cache_strides = cache_strides(k_cache_strides);
+    move_.v_cache_strides = cache_strides(v_cache_strides);
+    move_.block_size = block_size;
+    move_.num_slots = num_slots;
+    move_.slots = pointer(slots);
+    move_.wide_slots = wide_slots;
+    move_.positions = pointer(positions);
+    move_.wide_positions = wide_positions;
+    move_.inv_freq = floats(inv_freq);
+    move_.multiplier = multiplier;
+    move_.tokens = tokens;
+    move_.heads = heads;
+    move_.half = half;
+  }
+
+  void set_rows(int dtype, int64_t bytes, const Strides& k, const Strides& v, const Strides& k_scale,
+                const Strides& v_scale) {
+    rows_ = static_cast<voco::Dtype>(dtype);
+    move_.k_strides = row_strides(k);
+    move_.v_strides = row_strides(v);
+    move_.k_scale_strides = row_strides(k_scale);
+    move_.v_scale_strides = row_strides(v_scale);
+    k_begin_ = first_layer_ * k[0] * bytes;
+    v_begin_ = first_layer_ * v[0] * bytes;
+    k_scale_begin_ = first_layer_ * k_scale[0] * sizeof(float);
+    v_scale_begin_ = first_layer_ * v_scale[0] * sizeof(float);
+  }
+
+  void launch(Address k, Address v, Address k_scale, Address v_scale, Address stream) {
+    move_.k = pointer(k + k_begin_);
+    move_.v = pointer(v + v_begin_);
+    move_.k_scale = k_scale == 0 ? nullptr : floats(k_scale + k_scale_begin_);
+    move_.v_scale = v_scale == 0 ? nullptr : floats(v_scale + v_scale_begin_);
+    const DeviceGuard guard(device_);
+    check(voco::move_kv(move_, direction_, rows_, cache_, pointer(stream)), "K/V kernel");
+  }
+
+ private:
+  voco::KvMove move_{};
+  voco::Direction direction_;
+  int device_;
+  int64_t first_layer_;
+  voco::Dtype cache_, rows_;
+  int64_t k_begin_ = 0, v_begin_ = 0, k_scale_begin_ = 0, v_scale_begin_ = 0;  // bytes
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -66,4 +163,21 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_query", &device_query,
         "One dict a device: name, compute_capability, total_memory (bytes), sm_count, shared_memory_per_block_optin (bytes). "
         "RuntimeError with CUDA's own words where the runtime fails, as it does without a driver.");
+  m.attr("MAX_LAYERS") = voco::kMaxLayers;
+#ifdef VOCO_HOST
+  m.attr("DEVICE_TYPE") = "cpu";
+#else
+  m.attr("DEVICE_TYPE") = "cuda";
+#endif
+  // Local, so that a second build of this module, for another device, can be loaded beside it.
+  py::class_<KvMover>(m, "KvMover", py::module_local(), "Injection or extraction for one group of layers whose caches have the same strides.")
+      .def(py::init<bool, int, int, const std::vector<Address>&, const std::vector<Address>&, int, const Strides&,
+                    const Strides&, int64_t, int64_t, Address, bool, Address, bool, Address, float, int, int, int>(),
+           py::kw_only(), py::arg("inject"), py::arg("device"), py::arg("first_layer"), py::arg("k_caches"),
+           py::arg("v_caches"), py::arg("cache_dtype"), py::arg("k_cache_strides"), py::arg("v_cache_strides"),
+           py::arg("block_size"), py::arg("num_slots"), py::arg("slots"), py::arg("wide_slots"), py::arg("positions"),
+           py::arg("wide_positions"), py::arg("inv_freq"), py::arg("multiplier"), py::arg("tokens"), py::arg("heads"),
+           py::arg("half"))
+      .def("set_rows", &KvMover::set_rows, "dtype, bytes of an element, strides of k, v and their scales in elements.")
+      .def("launch", &KvMover::launch, "Addresses of k, v, k_scale, v_scale (0: none), and the stream.");
 }

@@ -39,6 +39,12 @@ int device_info(int index, DeviceInfo* info) {
   return cudaSuccess;
 }
 
+int enter_device(int index, int* previous) {
+  const cudaError_t code = cudaGetDevice(previous);
+  if (code != cudaSuccess || index == *previous) return forget(code);
+  return forget(cudaSetDevice(index));
+}
+
 const char* error_name(int code) { return cudaGetErrorName(static_cast<cudaError_t>(code)); }
 
 const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

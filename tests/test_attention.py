@@ -370,8 +370,8 @@ def test_bad_input(name):
         voco_attention(**(good | change(good["q"], good["k"], good["v"])))
 
 
-def test_planned_backends_give_the_reason():
-    with pytest.raises(ValueError, match=r"^backend must be one of auto, .* but was 'cuda': .*not part of this"):
+def test_a_backend_of_the_kv_path_gives_the_reason():
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, .* but was 'cuda': it serves the K/V path only"):
         voco_attention(**attention_arguments(), backend="cuda")
 
 

@@ -60,10 +60,13 @@ def test_every_source_exists():
     assert not missing
 
 
-def test_every_triton_source_belongs_to_a_group():
-    listed = {source for group in verified.TRITON_GROUPS for source in verified.GROUPS[group]}
-    folder = ROOT / "voco_kernels" / "backends" / "triton"
-    assert {f"voco_kernels/backends/triton/{p.name}" for p in folder.glob("*.py") if p.name != "__init__.py"} <= listed
+def test_every_kernel_source_belongs_to_a_group():
+    listed = {source for sources in verified.GROUPS.values() for source in sources}
+    folders = ("voco_kernels/backends", "csrc")
+    kernels = {p for f in folders for p in (ROOT / f).rglob("*.*") if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")}
+    elsewhere = {"voco_kernels/backends/__init__.py", "voco_kernels/backends/triton/__init__.py"}
+    named = {p.relative_to(ROOT).as_posix() for p in kernels if "csrc/host" not in p.as_posix()}
+    assert named - elsewhere <= listed
 
 
 def test_file_of_this_repository():
@@ -78,7 +81,7 @@ def test_nothing_verified(tree):
     assert "not yet run on a GPU" in verified.report_lines(NOTHING, tree)[0]
     table = verified.status_table(NOTHING, tree).splitlines()
     assert len({line.count("|") for line in table}) == 1 and table[1] == "| --- | --- | --- | --- | --- |"
-    [row] = [line for line in table if "`triton`" in line]
+    [row] = [line for line in table if "`triton` attention" in line]
     assert row.count("not yet run on a GPU") == 2 and row.endswith("| none |")
 
 
@@ -94,7 +97,7 @@ def test_verified_until_a_source_changes(tree):
     lines = dict(line.split(": ", 1) for line in verified.report_lines(content, tree))
     assert lines["triton forward"] == "CHANGED since it was verified on sm_90 at abc: forward.py"
     assert lines["triton backward"] == "verified on sm_90 at abc"
-    [row] = [line for line in verified.status_table(content, tree).splitlines() if "`triton`" in line]
+    [row] = [line for line in verified.status_table(content, tree).splitlines() if "`triton` attention" in line]
     assert "changed since it ran on NVIDIA H200" in row and "`abc` (sm_90)" in row
 
 
@@ -390,12 +393,12 @@ def test_no_sanitizer(monkeypatch):
     monkeypatch.setattr(gpu_checks, "CUDA_FOLDERS", ())
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    said = gpu_checks.run_sanitizer("memcheck", "cpu", "torch", monotonic() + 60)
+    said = gpu_checks.run_sanitizer("memcheck", "cpu", "torch", ("torch",), monotonic() + 60)
     assert said.startswith("not run: there is no compute-sanitizer")
 
 
 def test_what_a_sanitizer_watches(capsys):
-    sanitized.main(["--device", "cpu", "--backend", "torch"])
+    sanitized.main(["--device", "cpu", "--backend", "torch", "--kv-backends", "torch"])
     assert "3 layouts" in capsys.readouterr().out
 
 
@@ -435,6 +438,7 @@ def some_tests(tmp_path):
 def settings_of(folder, tests, **changes):
     chosen = gpu_check.Settings(
         CPU, backend="torch", dtype=torch.float32, shapes={name: TINY[name] for name in ("video", "chat")}, tests=tests,
+        kv_backends=("torch",), kv_shapes={"image": sanitized.KV_SHAPE},
         sanitizers=(), results=folder, verified=folder / "gpu_verified.json", seconds=0, compiler=uncompiled,
         ceiling=(32, 2**10), commit="feed",
     )  # fmt: skip
@@ -450,13 +454,16 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
     found = json.loads(path.read_text())
     assert found["failed"] == [] and found["tests"] == {"passed": 1, "failed": 0, "skipped": 1, "failures": []}
     assert {(c["task"], c["shape"]) for c in found["comparisons"]} == {
-        (task, shape) for task in ("forward", "forward_backward") for shape in ("video", "chat")
+        *((task, shape) for task in ("forward", "forward_backward") for shape in ("video", "chat")),
+        ("injection", "images"),
     }
+    assert "check K/V path torch: 1 shapes keep to the error rule" in said and "inject images: voco torch" in said
+    assert found["kv"]["images"]["host_us"] > 0
     assert {"p20_ms", "p50_ms", "p80_ms"} <= set(found["comparisons"][0]["rows"][0])
     assert found["shapes"]["video"]["forward"]["roof"] > 0 and found["plan"]["cpu"]["p50_us"] > 0
     assert {"device", "capability", "driver", "torch", "triton", "python", "commit", "uncommitted_changes"} <= set(found)
     content = verified.load(tmp_path / "gpu_verified.json")
-    assert set(content["sources"]) == set(verified.GROUPS["torch"])
+    assert set(content["sources"]) == {*verified.GROUPS["torch"], *verified.GROUPS["torch K/V path"]}
     [kept] = content["sources"]["voco_kernels/plan.py"].popitem()[1]["none"]
     assert kept["tests"] == {"passed": 1, "failed": 0, "skipped": 1} and set(kept["errors"]) == {"torch", "reference"}
     assert set(kept["errors"]["torch"]) == set(gpu_peers.RESULTS) and max(kept["errors"]["torch"].values()) <= 1

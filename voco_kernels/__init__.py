@@ -4,13 +4,15 @@ from .attention import voco_attention
 from .backends import BackendStatus, backend_status, compiled_module
 from .draw import draw, draw_on, draw_plan
 from .kv_cache import VocoKV
-from .kv_path import extract_kv, inject_kv
+from .kv_path import ExtractionPlan, InjectionPlan, extract_kv, inject_kv
 from .layout import Image, Text, VocoLayout
 from .version import __version__
 
 __all__ = [
     "BackendStatus",
+    "ExtractionPlan",
     "Image",
+    "InjectionPlan",
     "Text",
     "VocoKV",
     "VocoLayout",

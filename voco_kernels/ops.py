@@ -107,12 +107,19 @@ def extract_kv_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `voco_kernels.extract_kv`; keys and values are L tensors [N, Hkv, D]."""
-    module = backends.load(backends.KV, backend)
-    return module.extract_kv(keys, values, index, positions, inv_freq, attention_scaling)
+    out_k, out_v = extracted_like(keys, values, index)
+    module = backends.load_kv(backends.resolved_kv(backend, keys[0].dtype, keys[0]), keys[0].dtype, keys[0])
+    module.extraction(keys, values, index, positions, inv_freq, attention_scaling, out_k, out_v)()
+    return out_k, out_v
 
 
 @extract_kv_op.register_fake
 def _(keys, values, index, positions, inv_freq, attention_scaling, backend):
+    return extracted_like(keys, values, index)
+
+
+def extracted_like(keys: list[Tensor], values: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the K/V of the selected tokens: two tensors [L, T, Hkv, D]."""
     shape = (len(keys), index.shape[0], *keys[0].shape[1:])
     return keys[0].new_empty(shape), values[0].new_empty(shape)
 
@@ -132,8 +139,8 @@ def inject_kv_op(
     backend: str,
 ) -> None:
     """See `voco_kernels.inject_kv`; the caches are L tensors [slots, Hkv, D] or [blocks, block, Hkv, D]."""
-    module = backends.load(backends.KV, backend)
-    module.inject_kv(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling)
+    module = backends.load_kv(backends.resolved_kv(backend, k.dtype, k_caches[0]), k.dtype, k_caches[0])
+    module.injection(k_caches, v_caches, slots, positions, inv_freq, attention_scaling)(k, v, k_scale, v_scale)
 
 
 @inject_kv_op.register_fake

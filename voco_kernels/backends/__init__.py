@@ -1,9 +1,11 @@
 """Which backends there are, and which one serves a call.
 
 A backend module is imported when it is first used. For attention it offers `attention(q, k, v, layout, scale, return_lse)`
-and `attention_backward(grad_out, q, k, v, out, lse, layout, scale)`, for the K/V path `extract_kv` and `inject_kv`;
-`unavailable_reason()` says why it cannot run on this machine, and `unsupported_reason(q, layout)` why it cannot serve given
-inputs. Backends never import each other.
+and `attention_backward(grad_out, q, k, v, out, lse, layout, scale)`; for the K/V path `injection(k_caches, v_caches, slots,
+positions, inv_freq, attention_scaling)`, which returns `run(k, v, k_scale, v_scale)`, and `extraction(keys, values, index,
+positions, inv_freq, attention_scaling, out_k, out_v)`, which returns `run()`. `unavailable_reason()` says why it cannot run
+on this machine, `unsupported_reason(q, layout)`, for the K/V path `unsupported_reason(kv_dtype, cache)`, why it cannot serve
+given inputs. Backends never import each other.
 """
 
 from dataclasses import dataclass
@@ -15,16 +17,10 @@ import torch
 from ..layout import VocoLayout
 
 ATTENTION = {"reference": "reference", "torch": "torch", "flash": "flash", "triton": "triton"}
-KV = {"torch": "torch_kv"}
+KV = {"torch": "torch_kv", "triton": "triton.kv", "cuda": "cuda.kv"}
 
 # Backends whose `attention_backward` reads the lse of the forward; the others get an empty one.
 BACKWARD_READS_LSE = {"triton"}
-
-# Backends of the public contract that have no kernels yet, so that asking for one says so.
-PLANNED = {
-    "cuda": "the CUDA kernels are not part of this version",
-}
-
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -38,10 +34,10 @@ class BackendStatus:
 def backend_status() -> list[BackendStatus]:
     """Every backend of the public contract, and why it cannot be used on this machine where it cannot."""
     rows = []
-    for name in (*ATTENTION, *PLANNED):
-        serves = tuple(kind for kind, table in (("attention", ATTENTION), ("kv", KV)) if name in table)
-        reason = PLANNED.get(name) or load_module(ATTENTION, name).unavailable_reason()
-        rows.append(BackendStatus(name, serves, reason))
+    for name in {**ATTENTION, **KV}:
+        tables = {kind: table for kind, table in (("attention", ATTENTION), ("kv", KV)) if name in table}
+        reason = load_module(next(iter(tables.values())), name).unavailable_reason()
+        rows.append(BackendStatus(name, tuple(tables), reason))
     return rows
 
 
@@ -54,8 +50,9 @@ def compiled_module() -> str:
 def load(table: dict[str, str], name: str) -> ModuleType:
     """The backend module `name`; ValueError if there is none, or if this version or machine cannot run it."""
     if name not in table:
-        known = ", ".join(("auto", *table, *(p for p in PLANNED if p not in table)))
-        reason = PLANNED.get(name) or ("it serves attention only" if name in ATTENTION else None)
+        known = ", ".join(("auto", *table))
+        other = "attention" if table is KV else "the K/V path"
+        reason = f"it serves {other} only" if name in ATTENTION or name in KV else None
         raise ValueError(f"backend must be one of {known}, but was {name!r}" + (f": {reason}" if reason else ""))
     module = load_module(table, name)
     reason = module.unavailable_reason()
@@ -71,6 +68,26 @@ def load_for(name: str, q: torch.Tensor, layout: VocoLayout) -> ModuleType:
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
     return module
+
+
+def load_kv(name: str, kv_dtype: torch.dtype, cache: torch.Tensor) -> ModuleType:
+    """The K/V backend `name`, which is not "auto"; ValueError also if it cannot serve such K/V and caches."""
+    module = load(KV, name)
+    reason = module.unsupported_reason(kv_dtype, cache)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
+    return module
+
+
+def resolved_kv(name: str, kv_dtype: torch.dtype, cache: torch.Tensor) -> str:
+    """`name`, or what "auto" stands for: on a GPU cuda where it was compiled, else triton; torch for everything else."""
+    if name != "auto":
+        return name
+    for fused in ("cuda", "triton") if cache.is_cuda else ():
+        module = load_module(KV, fused)
+        if module.unavailable_reason() is None and module.unsupported_reason(kv_dtype, cache) is None:
+            return fused
+    return "torch"
 
 
 def resolved(name: str, q: torch.Tensor) -> str:

@@ -8,27 +8,42 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def extract_kv(keys, values, index, positions, inv_freq, attention_scaling):
-    """(k, v), both [L, T, Hkv, D]: rows `index` of every layer, keys with their rotation taken off."""
-    k = torch.stack([layer.index_select(0, index) for layer in keys])
-    v = torch.stack([layer.index_select(0, index) for layer in values])
-    if positions is not None:
-        cos, sin = _angles(positions, inv_freq)
-        k = (_rotate(k.float(), cos, -sin) / attention_scaling).to(k.dtype)
-    return k, v
+def unsupported_reason(kv_dtype: torch.dtype, cache: torch.Tensor) -> str | None:
+    """Everything is supported."""
+    return None
 
 
-def inject_kv(k, v, k_scale, v_scale, k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
-    """Rotate keys to their positions and write keys and values into the caches' slots; slot -1 is skipped."""
-    cos, sin = (x * attention_scaling for x in _angles(positions, inv_freq))
-    written = slots >= 0
-    if not bool(written.all()):
-        k, v, slots, cos, sin = k[:, written], v[:, written], slots[written], cos[written], sin[written]
-        k_scale, v_scale = (s if s is None else s[:, written] for s in (k_scale, v_scale))
-    for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
-        _write(k_cache, slots, _rotate(_dequantised(k, k_scale, layer), cos, sin))
-        # Values are copied: no detour through float32 unless they are quantised.
-        _write(v_cache, slots, v[layer] if v_scale is None else _dequantised(v, v_scale, layer))
+def extraction(keys, values, index, positions, inv_freq, attention_scaling, out_k, out_v):
+    """run(): rows `index` of every layer into out_k and out_v [L, T, Hkv, D], keys with their rotation taken off."""
+
+    @torch.no_grad()
+    def run() -> None:
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            torch.index_select(k, 0, index, out=out_k[layer])
+            torch.index_select(v, 0, index, out=out_v[layer])
+        if positions is not None:
+            cos, sin = _angles(positions, inv_freq)
+            out_k.copy_(_rotate(out_k.float(), cos, -sin) / attention_scaling)
+
+    return run
+
+
+def injection(k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
+    """run(k, v, k_scale, v_scale): keys rotated to their positions, both written into the slots; slot -1 is skipped."""
+
+    @torch.no_grad()
+    def run(k, v, k_scale, v_scale) -> None:
+        cos, sin = (x * attention_scaling for x in _angles(positions, inv_freq))
+        written, to = slots >= 0, slots
+        if not bool(written.all()):
+            k, v, to, cos, sin = k[:, written], v[:, written], slots[written], cos[written], sin[written]
+            k_scale, v_scale = (s if s is None else s[:, written] for s in (k_scale, v_scale))
+        for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
+            _write(k_cache, to, _rotate(_dequantised(k, k_scale, layer), cos, sin))
+            # Values are copied: no detour through float32 unless they are quantised.
+            _write(v_cache, to, v[layer] if v_scale is None else _dequantised(v, v_scale, layer))
+
+    return run
 
 
 def _angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-// What the CUDA runtime says about this machine. No function throws; each returns a CUDA error code, 0 for success.
+// Devices, as the CUDA runtime knows them. No function throws; each returns a CUDA error code, 0 for success.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,9 @@ int driver_version(int* version);
 // A driver without devices is a success with *count == 0; no driver is an error.
 int device_count(int* count);
 int device_info(int index, DeviceInfo* info);
+
+// Makes `index` the current device of this thread; the one before it is in *previous.
+int enter_device(int index, int* previous);
 
 const char* error_name(int code);
 const char* error_text(int code);

@@ -1,0 +1,89 @@
+"""The K/V path on a GPU: injection as it stands in a captured graph, against loops, a plain copy and an empty kernel."""
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from bench.kv_problem import Problem
+from bench.measure import Candidate
+from bench.shapes import KVShape
+
+BACKENDS = ("cuda", "triton")
+# As the rows of tables are called.
+NOTHING, COPY, LOOP, CONCATENATION = "empty kernel", "copy of the same bytes", "loop of index_copy_", "DynamicCache"
+# What is wanted of an injection: a small one in microseconds beyond an empty kernel, a large one in times a copy.
+MICROSECONDS_TARGET, COPY_TARGET = 3.0, 1.3
+HOST_TARGET = 3.0  # microseconds of a call beyond the launch
+
+
+def check(shape: KVShape, device: torch.device, dtype: torch.dtype, backend: str) -> None:
+    """Raise AssertionError unless a backend extracts and injects a shape's K/V as the reference does."""
+    problem = Problem(shape, device, dtype)
+    problem.check_extracted(problem.extract(backend))
+    problem.check_injected(problem.inject(backend, problem.static_caches()))
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as one replay of a CUDA graph; returns what the captured run returned. Itself where there is no GPU."""
+    result = run()
+    if not torch.cuda.is_available():
+        return run
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def candidates(problem: Problem, backends: tuple[str, ...]) -> list[Candidate]:
+    """Injections of a problem; the first is ours. Those of fixed addresses are captured, as a server would."""
+    planned = {name: captured(problem.injection(name, problem.static_caches())) for name in backends}
+    # Half of the bytes of K/V are read, the other half are written.
+    source = torch.empty(problem.shape.moved_bytes(problem.dtype) // 2, dtype=torch.int8, device=problem.device)
+    target = torch.empty_like(source)
+    return [
+        *(Candidate(f"voco {name}", run, problem.check_injected) for name, run in planned.items()),
+        Candidate(NOTHING, captured(empty_kernel(problem.device))),
+        Candidate(COPY, captured(lambda: target.copy_(source))),
+        Candidate(LOOP, captured(partial(problem.inject_by_index_copy, problem.static_caches())), problem.check_injected),
+        Candidate(CONCATENATION, problem.inject_by_concatenation, problem.check_injected),
+    ]
+
+
+def empty_kernel(device: torch.device) -> Callable[[], Any]:
+    """A launch of the least kernel there is."""
+    if device.type != "cuda":
+        return lambda: None
+    import triton
+
+    @triton.jit
+    def nothing():
+        pass
+
+    return lambda: nothing[(1,)]()
+
+
+def host_microseconds(shape: KVShape, device: torch.device, backend: str, calls: int = 2000) -> float:
+    """What a planned injection costs the host beyond its launch: that of no tokens, which launches nothing."""
+    nothing = KVShape(shape.name, shape.reason, 0, shape.vision, shape.voco, shape.layers, shape.kv_heads, shape.head_dim)
+    problem = Problem(nothing, device)
+    run = problem.injection(backend, problem.static_caches())
+    run()
+    best = float("inf")
+    for _ in range(5):
+        began = perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, perf_counter() - began)
+    return 1e6 * best / calls

@@ -1,0 +1,287 @@
+// Runs the kernels of selftest.cuh against references in double precision, on a CPU or a GPU.
+//   selftest CASE [DEFECT]    prints what is wrong and the count of bank conflicts; the exit status says what was found
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "selftest.cuh"
+
+namespace voco::selftest {
+namespace {
+
+constexpr int kRight = 0, kWrong = 1, kError = 2;
+
+const std::map<std::string, Defect> kDefects = {
+    {"none", Defect::kNone},
+    {"unmasked tail", Defect::kUnmaskedTail},
+    {"misaligned", Defect::kMisaligned},
+    {"slot off by one", Defect::kSlotOffByOne},
+    {"half warp", Defect::kHalfWarp},
+    {"divergent barrier", Defect::kDivergentBarrier},
+    {"return before barrier", Defect::kReturnBeforeBarrier},
+    {"missing warp barrier", Defect::kMissingWarpBarrier},
+    {"missing barrier", Defect::kMissingBarrier},
+    {"shared overflow", Defect::kSharedOverflow},
+    {"lax wait", Defect::kLaxWait},
+    {"missing commit", Defect::kMissingCommit},
+    {"missing barrier after wait", Defect::kMissingBarrierAfterWait},
+    {"prefetch before barrier", Defect::kPrefetchBeforeBarrier},
+    {"prefetch into used stage", Defect::kPrefetchIntoUsedStage},
+    {"no swizzle", Defect::kNoSwizzle},
+    {"outside shared", Defect::kOutsideShared},
+    {"plain add", Defect::kPlainAdd},
+};
+
+// An array that kernels and this file can use, with nothing behind its last element.
+template <class T>
+class Array {
+ public:
+  explicit Array(size_t size) : size_(size) {
+#ifdef VOCO_HOST
+    data_ = static_cast<T*>(std::malloc(size * sizeof(T)));
+#else
+    if (cudaMallocManaged(&data_, size * sizeof(T)) != cudaSuccess) data_ = nullptr;
+#endif
+    if (!data_) throw std::runtime_error("no memory");
+    std::memset(static_cast<void*>(data_), 0xff, size * sizeof(T));
+  }
+  Array(size_t size, const std::function<T(size_t)>& element) : Array(size) {
+    for (size_t i = 0; i < size; ++i) data_[i] = element(i);
+  }
+  Array(const Array&) = delete;
+  ~Array() {
+#ifdef VOCO_HOST
+    std::free(data_);
+#else
+    cudaFree(data_);
+#endif
+  }
+  T* data() { return data_; }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+// In [-1, 1), the same in every run.
+float random_number() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / (1 << 23) - 1;
+}
+
+float random_element(size_t) { return random_number(); }
+
+template <class Args>
+void start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, Args args) {
+  int code = launch(kernel, grid, block, shared_bytes, nullptr, args);
+#ifndef VOCO_HOST
+  if (code == 0) code = cudaDeviceSynchronize();
+#endif
+  if (code != 0) throw std::runtime_error("CUDA error " + std::to_string(code));
+}
+
+bool check(const char* what, size_t place, double value, double expected, double error = 0) {
+  if (std::abs(value - expected) <= error) return true;
+  std::printf("wrong %s at %zu: %.9g, expected %.9g\n", what, place, value, expected);
+  return false;
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+bool check_copy(Defect defect) {
+  for (int count : {1, 4, 7, 8, 603}) {
+    Array<__half> from(count, [](size_t) { return __float2half_rn(random_number()); });
+    Array<__half> to(count);
+    start(copy, dim3(1, 2, 2), dim3(8, 4), 0, CopyArgs{from.data(), to.data(), count, defect});
+    for (int i = 0; i < count; ++i) {
+      if (!check("copy", i, __half2float(to[i]), __half2float(from[i]))) return false;
+    }
+  }
+  return true;
+}
+
+bool check_scatter(Defect defect) {
+  const int count = 100;
+  Array<float> from(count, random_element), to(count);
+  Array<int> slots(count, [](size_t i) { return int(i * 37 % count); });
+  const float scale = 3 + 1.0f / 1024, shift = -random_number();
+  start(scatter, ceil_div(count, 64), 64, 0,
+        ScatterArgs{from.data(), slots.data(), to.data(), scale, shift, count, defect});
+  for (int i = 0; i < count; ++i) {
+    // The product is exact in double precision; the sum may be rounded twice, which these numbers do not show.
+    const float expected = static_cast<float>(double{scale} * from[i] + shift);
+    if (!check("scattered value", i, to[slots[i]], expected)) return false;
+  }
+  return true;
+}
+
+bool check_sum(Defect defect) {
+  const int rows = 3, columns = 333;
+  Array<float> values(rows * columns, random_element), sums(rows);
+  Array<int> above(rows);
+  Array<uint32_t> signs(rows * kSumWarps);
+  for (int i = 0; i < columns; ++i) values[columns + i] = std::min(values[columns + i], 0.5f);
+  start(sum, rows, kSumThreads, 0,
+        SumArgs{values.data(), sums.data(), above.data(), signs.data(), columns, defect});
+  for (int row = 0; row < rows; ++row) {
+    double total = 0, magnitude = 0;
+    bool any_above = false;
+    for (int i = 0; i < columns; ++i) {
+      const double value = values[row * columns + i];
+      total += value;
+      magnitude += std::abs(value);
+      any_above |= value > 0.99f;
+      if (i >= kSumThreads) continue;
+      const uint32_t sign = signs[row * kSumWarps + i / kWarp] >> i % kWarp & 1;
+      if (!check("sign", i, sign, value < 0)) return false;
+    }
+    if (!check("sum", row, sums[row], total, magnitude * columns / (1 << 24))) return false;
+    if (!check("comparison", row, above[row], any_above)) return false;
+  }
+  return true;
+}
+
+bool check_rotate(Defect defect) {
+  Array<int> numbers(64, [](size_t i) { return int(i * i); });
+  start(rotate, 1, 64, 0, RotateArgs{numbers.data(), defect});
+  for (int i = 0; i < 64; ++i) {
+    const int from = i % 32 == 31 ? i - 31 : i + 1;
+    if (!check("rotated number", i, numbers[i], from * from)) return false;
+  }
+  return true;
+}
+
+bool check_transpose(Defect defect) {
+  const int rows = 36, columns = 44;
+  Array<float> from(rows * columns, random_element), to(rows * columns);
+  start(transpose, dim3(ceil_div(columns, kTile), ceil_div(rows, kTile)), kTransposeThreads, kTransposeShared,
+        TransposeArgs{from.data(), to.data(), rows, columns, defect});
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column) {
+      const int place = column * rows + row;
+      if (!check("transposed element", place, to[place], from[row * columns + column])) return false;
+    }
+  }
+  return true;
+}
+
+double widen(__half x) { return __half2float(x); }
+double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+T narrow(float x);
+template <>
+__half narrow(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__nv_bfloat16 narrow(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <class T>
+bool check_matmul(Defect defect) {
+  const int rows = 43, columns = 40, depth = 104;
+  const auto element = [](size_t) { return narrow<T>(random_number()); };
+  Array<T> a(rows * depth, element), b(depth * columns, element);
+  Array<float> c(rows * columns);
+  start(matmul<T>, dim3(ceil_div(columns, kTile), ceil_div(rows, kTile)), kMatmulThreads, kMatmulShared,
+        MatmulArgs<T>{a.data(), b.data(), c.data(), rows, columns, depth, defect});
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column) {
+      double total = 0, magnitude = 0;
+      for (int k = 0; k < depth; ++k) {
+        const double product = widen(a[row * depth + k]) * widen(b[k * columns + column]);
+        total += product;
+        magnitude += std::abs(product);
+      }
+      const int place = row * columns + column;
+      // Tensor cores may cut off where a CPU rounds: two units in the last place for each addition.
+      if (!check("product", place, c[place], total, magnitude * depth / (1 << 22))) return false;
+    }
+  }
+  return true;
+}
+
+bool check_histogram(Defect defect) {
+  const int count = 90;
+  Array<int> bins(count, [](size_t i) { return int(i * i % kBins); });
+  Array<float> values(count, [](size_t i) { return float(i); });
+  Array<int> counts(kBins, [](size_t) { return 0; });
+  Array<float> sum(1, [](size_t) { return 0.0f; });
+  start(histogram, ceil_div(count, 64), 64, 0,
+        HistogramArgs{bins.data(), values.data(), counts.data(), sum.data(), count, defect});
+  for (int bin = 0; bin < kBins; ++bin) {
+    const auto expected = std::count(bins.data(), bins.data() + count, bin);
+    if (!check("count", bin, counts[bin], expected)) return false;
+  }
+  return check("sum", 0, sum[0], count * (count - 1));
+}
+
+// Launches that CUDA refuses.
+bool check_limits(Defect) {
+  struct Launch {
+    const char* what;
+    dim3 grid, block;
+    size_t shared_bytes;
+  };
+  const Launch refused[] = {
+      {"an empty grid", 0, 32, 0},
+      {"too many blocks", dim3(1, 65536), 32, 0},
+      {"an empty block", 1, 0, 0},
+      {"too many threads", 1, 1056, 0},
+      {"a block too deep", 1, dim3(1, 1, 65), 0},
+      {"too much shared memory", 1, 32, 228 * 1024},
+  };
+  for (const Launch& launch : refused) {
+    try {
+      start(scatter, launch.grid, launch.block, launch.shared_bytes, ScatterArgs{});
+      std::printf("%s was not refused\n", launch.what);
+      return false;
+    } catch (const std::runtime_error&) {
+    }
+  }
+  return true;
+}
+
+const std::map<std::string, bool (*)(Defect)> kCases = {
+    {"copy", check_copy},           {"scatter", check_scatter},
+    {"sum", check_sum},             {"rotate", check_rotate},
+    {"transpose", check_transpose}, {"matmul fp16", check_matmul<__half>},
+    {"histogram", check_histogram}, {"matmul bf16", check_matmul<__nv_bfloat16>},
+    {"limits", check_limits},
+};
+
+}  // namespace
+}  // namespace voco::selftest
+
+// The case "all" is every case. Returns 0: right, 1: wrong values, 2: an error, which it prints.
+extern "C" int selftest_run(const char* name, const char* defect_name) {
+  using namespace voco::selftest;
+  try {
+    const Defect defect = kDefects.at(defect_name);
+    bool right = true;
+    for (const auto& [case_name, check] : kCases) {
+      if (name == case_name || std::strcmp(name, "all") == 0) right &= check(defect);
+    }
+#ifdef VOCO_HOST
+    std::printf("bank conflicts: %llu\n", static_cast<unsigned long long>(voco::host::bank_conflicts()));
+#endif
+    return right ? kRight : kWrong;
+  } catch (const std::exception& error) {
+    std::printf("error: %s\n", error.what());
+    return kError;
+  }
+}
+
+int main(int count, char** words) {
+  return selftest_run(count > 1 ? words[1] : "all", count > 2 ? words[2] : "none");
+}
