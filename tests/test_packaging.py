@@ -161,12 +161,31 @@ def source_files() -> set[str]:
     return files
 
 
-ATTENTION = """
+USE = """
 import torch, voco_kernels as vk
 layout = vk.VocoLayout.from_spans([[vk.Text(3), vk.Image(8, 2), vk.Text(5)]], isolated=True)
 q = torch.randn(18, 2, 32)
 out = vk.voco_attention(q, q, q, layout)
 assert out.shape == q.shape and out.isfinite().all()
+kv = vk.extract_kv([q], [q], torch.tensor([3, 4]))
+caches = torch.zeros(2, 1, 4, 2, 32)
+vk.inject_kv(kv, *caches, torch.tensor([2, 0]), torch.tensor([7, 8]), torch.ones(16))
+assert torch.equal(caches[1, 0, 2], q[3])
+"""
+# A launch as the backend makes it, with addresses of the host: without a device the runtime answers before it looks at them.
+LAUNCH = """
+from voco_kernels.backends import cuda
+module, no_strides = cuda.load(), (0, 0, 0, 1)
+mover = module.KvMover(
+    inject=True, device=-1, first_layer=0, k_caches=[4096], v_caches=[8192], cache_dtype=1, k_cache_strides=no_strides,
+    v_cache_strides=no_strides, block_size=1, num_slots=1, slots=4096, wide_slots=True, positions=4096, wide_positions=True,
+    inv_freq=4096, multiplier=1.0, tokens=1, heads=1, half=8,
+)
+mover.set_rows(1, 2, no_strides, no_strides, no_strides, no_strides)
+try:
+    mover.launch(4096, 4096, 0, 0, 0)
+except RuntimeError as error:
+    print(error)
 """
 
 
@@ -182,7 +201,7 @@ def test_pure_wheel_holds_the_packages_and_nothing_else(pure_wheel):
 @pytest.mark.full
 def test_pure_wheel_works_and_gives_the_reason(pure_wheel, clean_python, tmp_path):
     install(clean_python, pure_wheel[0])
-    code = ATTENTION + "from voco_kernels.backends import cuda; print(cuda.unavailable_reason())"
+    code = USE + "from voco_kernels.backends import cuda; print(cuda.unavailable_reason())"
     assert "built without nvcc" in succeed(clean_python, "-c", code, cwd=tmp_path).stdout
 
 
@@ -199,8 +218,25 @@ def test_cuda_wheel_adds_one_module_that_needs_only_glibc(cuda_wheel, tmp_path):
 @pytest.mark.full
 def test_cuda_wheel_works_and_its_module_answers(cuda_wheel, clean_python, tmp_path):
     install(clean_python, cuda_wheel[0])
-    code = ATTENTION + "from voco_kernels.backends import cuda; print(vk.__version__, cuda.load().version())"
+    code = USE + "from voco_kernels.backends import cuda; print(vk.__version__, cuda.load().version())"
     assert succeed(clean_python, "-c", code, cwd=tmp_path).stdout.split() == [voco_kernels.__version__] * 2
+
+
+@pytest.mark.full
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_wheel_launches_and_gives_the_reason_of_the_runtime(cuda_wheel, clean_python, tmp_path):
+    install(clean_python, cuda_wheel[0])
+    said = succeed(clean_python, "-c", LAUNCH, cwd=tmp_path).stdout
+    assert re.search(r"K/V kernel: .*cudaError(InsufficientDriver|NoDevice)", said), said
+
+
+@pytest.mark.full
+def test_cuda_wheel_shows_nothing_but_its_entry(cuda_wheel, tmp_path):
+    with zipfile.ZipFile(cuda_wheel[0]) as archive:
+        [module] = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extract(module, tmp_path)
+    symbols = succeed("nm", "-D", "--defined-only", module, cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[-1] for line in symbols] == ["PyInit__cuda"]
 
 
 @pytest.mark.full
