@@ -40,6 +40,7 @@
   auto& name = *static_cast<T(*)[count]>( \
       ::voco::host::static_shared(&name##_tag, sizeof(T) * (count), alignof(T) < 16 ? 16 : alignof(T)))
 
+// A last parameter: where the wrapper is called.
 #define VOCO_SITE ::voco::host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace voco {
@@ -227,3 +228,5 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 }
 
 }  // namespace voco
+
+#undef VOCO_SITE

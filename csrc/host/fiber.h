@@ -36,7 +36,7 @@ voco_switch_stack:
 .size voco_switch_stack, . - voco_switch_stack
 )");
 #else
-// Four times slower: the system is asked twice in each switch.
+// Up to nine times slower: each switch calls the system.
 #include <ucontext.h>
 #define VOCO_SWITCH_BY_SYSTEM
 #endif

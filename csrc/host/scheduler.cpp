@@ -1,4 +1,3 @@
-// Compiled without sanitizers, always: VOCO_ASAN and VOCO_TSAN tell it that the kernels are compiled with one.
 #include "scheduler.h"
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "bank_conflicts.h"
 #include "fiber.h"
 #include "sanitizers.h"
 
@@ -25,7 +25,6 @@ dim3 block_size, grid_size;
 namespace {
 
 constexpr size_t kMaxShared = 227 * 1024;
-constexpr uint32_t kNoAddress = ~0u;
 // Between arrays in shared memory, so that AddressSanitizer sees where each ends.
 constexpr size_t kSharedGap = 64;
 // Addresses that stand for barriers lie behind the shared memory.
@@ -45,17 +44,10 @@ struct Meeting {
   char* order = nullptr;  // two addresses, used in turn: who is late for one meeting must not learn of the next
 };
 
-struct AccessLog {
-  const char* what;
-  Site site;
-  std::array<size_t, kWarpSize> visits;
-  std::vector<std::array<uint32_t, kWarpSize>> addresses;  // of each visit
-};
-
 struct Warp {
   Meeting meeting;
   uint32_t words[2][kWarpSize][kExchangeWords];  // of two meetings in turn
-  std::vector<AccessLog> accesses;
+  SharedAccesses accesses;
 };
 
 struct QueuedCopy {
@@ -120,9 +112,6 @@ std::string text(const Index& index) {
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
-bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
-
 [[noreturn]] void fail_in_thread(const std::string& message, Site site) {
   throw std::runtime_error(text(site) + ": " + message + " (block " + text(block_index) + ", thread " +
                            text(thread_index) + ")");
@@ -131,7 +120,8 @@ bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 // Where everyone waits when no thread of the block can run.
 std::string deadlock() {
   std::ostringstream out;
-  out << "deadlock in block " << text(block_index) << ": " << machine.ended << " of " << machine.threads.size() << " threads have ended";
+  out << "deadlock in block " << text(block_index) << ": " << machine.ended << " of " << machine.threads.size()
+      << " threads have ended";
   const auto add = [&](const Meeting& meeting) {
     if (meeting.waiting.empty()) return;
     out << "; " << meeting.waiting.size() << " of " << meeting.expected << " wait in " << meeting.what << " at "
@@ -230,31 +220,6 @@ void renew_shared() {
   make_array(nullptr, 0, machine.dynamic_shared);
 }
 
-void note_access(const char* what, uint32_t address, Site site) {
-  Thread& thread = *machine.thread;
-  std::vector<AccessLog>& logs = thread.warp->accesses;
-  auto log = std::find_if(logs.begin(), logs.end(),
-                          [&](const AccessLog& log) { return same(log.what, what) && same(log.site, site); });
-  if (log == logs.end()) log = logs.insert(logs.end(), {what, site, {}, {}});
-  const size_t visit = log->visits[thread.lane]++;
-  if (visit == log->addresses.size()) log->addresses.emplace_back().fill(kNoAddress);
-  log->addresses[visit][thread.lane] = address;
-}
-
-// Eight lanes at a time access 16 bytes each; a cycle serves one address in each of the eight groups of four banks.
-uint64_t conflicts_of(const std::array<uint32_t, kWarpSize>& addresses) {
-  uint64_t conflicts = 0;
-  for (auto first = addresses.begin(); first != addresses.end(); first += 8) {
-    int cycles[8] = {}, most = 1;
-    for (auto address = first; address != first + 8; ++address) {
-      if (*address == kNoAddress || std::find(first, address, *address) != address) continue;
-      most = std::max(most, ++cycles[*address / 16 % 8]);
-    }
-    conflicts += most - 1;
-  }
-  return conflicts;
-}
-
 // ---- Launch ----
 
 // A fiber for a thread alone, so that its accesses are told from all others'. The launcher makes them all, since what the
@@ -276,7 +241,7 @@ void prepare_block() {
     warp.meeting = {};
     warp.meeting.expected = kWarpSize;
     warp.meeting.order = order += 16;
-    warp.accesses.clear();
+    warp.accesses = {};
   }
   machine.ended = 0;
   for (Thread& thread : machine.threads) {
@@ -321,11 +286,7 @@ void run_block() {
   } else if (machine.failure) {
     rewind_fibers();
   }
-  for (const Warp& warp : machine.warps) {
-    for (const AccessLog& log : warp.accesses) {
-      for (const auto& addresses : log.addresses) machine.conflicts += conflicts_of(addresses);
-    }
-  }
+  for (const Warp& warp : machine.warps) machine.conflicts += warp.accesses.conflicts();
 }
 
 void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
@@ -481,7 +442,7 @@ void* shared_16_bytes(const char* what, uint32_t address, Site site) {
     return array.begin <= address && address + size_t{16} <= array.end;
   });
   if (!inside) reject("outside every array");
-  note_access(what, address, site);
+  machine.thread->warp->accesses.note(what, site, machine.thread->lane, address);
   return machine.shared + address;
 }
 

@@ -1,7 +1,7 @@
 // Runs the threads of a CUDA kernel as fibers of one CPU thread, blocks in turn. Tests only.
 //
-// emulation.h builds the wrappers of voco/ops.cuh on these functions. There are no inline functions here: a kernel's file
-// may be compiled with a sanitizer, scheduler.cpp never is, and the linker must not replace one's code by the other's.
+// emulation.h builds the wrappers of voco/ops.cuh on these functions. A kernel's file may be compiled with a sanitizer;
+// scheduler.cpp never is, since it changes stacks, and VOCO_ASAN or VOCO_TSAN make it tell the sanitizer.
 #pragma once
 
 #include <vector_types.h>

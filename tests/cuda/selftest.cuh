@@ -163,8 +163,8 @@ __global__ void transpose(const __grid_constant__ TransposeArgs args) {
   }
 }
 
-// c[rows, columns] = a[rows, depth] b[depth, columns]; depth and columns are multiples of 8. A block of two warps computes 32
-// by 32, in steps of 32 of the depth; while it computes one step, the next is copied into the other of two stages.
+// c[rows, columns] = a[rows, depth] b[depth, columns]; depth and columns are multiples of 8. A block of two warps
+// computes 32 by 32, in steps of 32 of the depth; while it computes one step, the next is copied into the other stage.
 template <class T>
 struct MatmulArgs {
   const T *a, *b;
@@ -176,7 +176,7 @@ struct MatmulArgs {
 constexpr int kMatmulThreads = 64, kTileBytes = kTile * kTile * 2, kStageBytes = 2 * kTileBytes;
 constexpr int kMatmulShared = 2 * kStageBytes;
 
-// The place of 16 bytes in a tile whose rows have 64 bytes: eight rows at one chunk fall into eight different groups of banks.
+// The place of 16 bytes in a tile whose rows have 64 bytes: one chunk of eight rows is in eight different groups of banks.
 __device__ uint32_t chunk_offset(int row, int chunk, Defect defect) {
   const int swizzle = defect == Defect::kNoSwizzle ? 0 : row / 2 % 4;
   return row * 64 + (chunk ^ swizzle) * 16;

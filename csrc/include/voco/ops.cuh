@@ -2,6 +2,7 @@
 //
 // A kernel's source includes only this file. nvcc compiles it for sm_80 and later; with VOCO_HOST a C++ compiler takes
 // the same names from csrc/host/emulation.h, so that tests run the kernel without a GPU, under sanitizers. The rules:
+// - Kernels live in namespace voco: outside it, CUDA has functions of the same names.
 // - A warp function takes part with all 32 lanes, always: a block that calls one has a multiple of 32 threads.
 // - All threads of a block reach the same barrier; none returns before it.
 // - Shared memory is 227 KiB at most, and an address of it is a byte offset as smem_address() gives it.
@@ -127,7 +128,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 __device__ __forceinline__ int atomic_add(int* to, int value) { return atomicAdd(to, value); }
 __device__ __forceinline__ float atomic_add(float* to, float value) { return atomicAdd(to, value); }
 
-// Starts the kernel on the stream (a cudaStream_t) and returns the cudaError_t of the launch as an int.
+// Starts the kernel on the stream (a cudaStream_t) and returns the cudaError_t of the launch as an int. On a CPU it runs the
+// kernel to its end, and throws std::runtime_error where a launch or a rule is broken.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            Arguments&&... arguments) {
