@@ -166,7 +166,7 @@ def target(capability: int) -> Iterator[list[Launch]]:
         config.set_active(before)
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -182,7 +182,7 @@ def resources(kernel) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", "--dump-sass", cubin.name]
+        command = [cuobjdump(), "--dump-resource-usage", "--dump-sass", cubin.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     [arch] = set(re.findall(r"code for (sm_\w+)", text))
     if not re.fullmatch(rf"sm_{kernel.metadata.target.arch}a?", arch):

@@ -11,7 +11,7 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import HostError
-from fake_cuda import _cuobjdump
+from fake_cuda import cuobjdump
 
 SOURCE = cuda_host.ROOT / "tests" / "cuda" / "selftest.cu"
 NVCC = cuda_host.find_nvcc()
@@ -120,7 +120,7 @@ def test_other_processors_switch_stacks_through_the_system():
 def test_machine_code(arch, tmp_path):
     cubin = tmp_path / "selftest.cubin"
     subprocess.run([*NVCC_COMMAND, "-cubin", f"-arch={arch}", "-o", cubin], check=True)
-    sass = subprocess.run([_cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     for instruction in (
         "HMMA.16816.F32 ", "HMMA.16816.F32.BF16 ", "LDSM.16.M88.4 ", "LDSM.16.MT88.4 ", "LDGSTS", "LDGDEPBAR",
         "LDG.E.128", "LDG.E.64", "STG.E.128", "STG.E.64", "STS.128", "SHFL.BFLY", "SHFL.IDX", "VOTE", "BAR.SYNC",

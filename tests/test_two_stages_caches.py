@@ -1,4 +1,4 @@
-"""The invariant over backends of the K/V path and kinds of cache: stored K/V, injected, give the logits of one masked pass."""
+"""The invariant over backends of the K/V path and kinds of cache: injected K/V give the logits of one masked pass."""
 
 import copy
 
