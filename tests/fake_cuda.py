@@ -62,6 +62,7 @@ class Resources:
         instructions: how many there are, without NOP; the fields in capitals count some of them. LDL and STL load from and
             store to the stack, HMMA (sm_80) and HGMMA (Hopper) multiply matrices, LDGSTS is cp.async, LDSM ldmatrix, UTMALDG
             a TMA load, FFMA a scalar multiplication.
+        wide_loads, wide_stores: accesses of 16 bytes to global memory.
     """
 
     arch: str
@@ -77,6 +78,8 @@ class Resources:
     LDSM: int
     UTMALDG: int
     FFMA: int
+    wide_loads: int
+    wide_stores: int
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ def resources(kernel) -> Resources:
         shared=kernel.metadata.shared,
         instructions=opcodes.total() - opcodes["NOP"],
         **{name: opcodes[name] for name in counted},
+        wide_loads=len(re.findall(r"\bLDG\S*\.128\b", text)),
+        wide_stores=len(re.findall(r"\bSTG\S*\.128\b", text)),
     )
 
 

@@ -8,7 +8,12 @@ from triton_jobs import BUDGET, KERNELS, SHIPPED, counted
 
 triton = pytest.importorskip("triton")
 
-QUICK = ("sm_80 head_dim 64 float16", "sm_90 head_dim 128 bfloat16")
+QUICK = (
+    "sm_80 head_dim 64 float16",
+    "sm_90 head_dim 128 bfloat16",
+    "sm_80 bfloat16 -> bfloat16, separate layers",
+    "sm_90 int8 -> bfloat16",
+)
 EXTRA = {
     "odd": (80, "triton_jobs:attention", {"arch": 80, "head_dim": 64, "dtype": "bfloat16", "odd": True}),
     "far": (90, "triton_jobs:far_apart", {"arch": 90}),
@@ -92,3 +97,43 @@ def test_sizes_do_not_make_new_kernels(reports_of):
     """Numbers of tokens, tiles and heads change from batch to batch; none of them may be compiled in."""
     for report in reports_of(QUICK[0]):
         assert not {"num_tokens", "num_tiles", "heads", "kv_heads", "group"} & (set(report.constants) | set(report.aligned))
+
+
+# ---- the K/V path ------------------------------------------------------------------------------------------------------
+
+KV_TYPES = (
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "float32"),
+    ("int8", "bfloat16"),
+    ("float8_e4m3fn", "bfloat16"),
+)
+KV_JOBS = {
+    f"sm_{arch} {kv_dtype} -> {dtype}{'' if stacked else ', separate layers'}": (
+        arch,
+        "triton_jobs:move_kv",
+        {"kv_dtype": kv_dtype, "dtype": dtype, "stacked": stacked},
+    )
+    for arch in (80, 90)
+    for kv_dtype, dtype in KV_TYPES
+    for stacked in (True, False)
+}
+
+
+@pytest.mark.parametrize("name", quick_or_full(KV_JOBS))
+def test_machine_code_of_the_kv_path(name):
+    """Nothing spills, and what can be is moved 16 bytes at a time: two halves of a key and of a value."""
+    [reports] = fake_cuda.run_jobs({name: KV_JOBS[name]}).values()
+    assert [report.name for report in reports] == ["inject_kernel", "extract_kernel"]
+    for report in reports:
+        used = report.resources
+        assert (used.stack, used.LDL, used.STL) == (0, 0, 0), report.name
+        assert used.registers <= 128, (report.name, used.registers)
+        assert used.wide_stores >= 4, (report.name, used)
+        assert used.wide_loads >= 4 or "int8" in name or "float8" in name, (report.name, used)
+
+
+def test_rows_that_are_not_aligned_compile():
+    job = (80, "triton_jobs:move_kv", {"kv_dtype": "float16", "dtype": "float16", "stacked": True, "odd": True})
+    [reports] = fake_cuda.run_jobs({"odd": job}).values()
+    assert all(report.resources.wide_stores == 0 for report in reports if report.name == "inject_kernel")

@@ -447,7 +447,7 @@ def test_refusals(head_dim, dtype, reason):
 
 
 def test_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert {row.name: row.reason for row in backend_status()}["triton"] == "there is no CUDA device"
     layout = spans([Text(3)])
@@ -460,7 +460,7 @@ def test_without_a_gpu(monkeypatch):
 
 
 def test_old_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     monkeypatch.setattr(backend, "arch_of", lambda device: 75)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     q = SimpleNamespace(dtype=torch.float16, shape=(3, 1, 32), device=torch.device("cuda"))
@@ -469,7 +469,7 @@ def test_old_gpus_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("arch", [86, 89, 120])
 def test_gpus_with_little_shared_memory(arch, monkeypatch):
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     monkeypatch.setattr(backend, "arch_of", lambda device: arch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for head_dim, reason in ((128, None), (160, "head_dim 160 needs more shared memory than compute capability")):

@@ -64,6 +64,20 @@ def _in_float32(method):
     return compute
 
 
+def _fused(method):
+    """a * b + c rounded once, as on a GPU (by way of float64, in which a product of two float32 is exact)."""
+
+    @functools.wraps(method)
+    def fma(self, a, b, c):
+        a, b, c = map(_widened, (a, b, c))
+        if c.dtype.scalar != tl.float32:
+            return method(self, a, b, c)
+        wide = np.asarray(a.data, np.float64) * np.asarray(b.data, np.float64) + np.asarray(c.data, np.float64)
+        return TensorHandle(wide.astype(np.float32), c.dtype)
+
+    return fma
+
+
 def _reduced_in_float32(method):
     @functools.wraps(method)
     def apply(self, values):
@@ -78,7 +92,7 @@ PATCHES = (
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "binary_op", _in_float32),
     (InterpreterBuilder, "unary_op", _in_float32),
-    (InterpreterBuilder, "create_fma", _in_float32),
+    (InterpreterBuilder, "create_fma", lambda method: _in_float32(_fused(method))),
     (InterpreterBuilder, "create_dot", _in_float32),
     (ReduceScanOpInterface, "apply", _reduced_in_float32),
 )

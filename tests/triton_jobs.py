@@ -40,6 +40,25 @@ def far_apart(arch: int) -> None:
     _launch(arch, *(torch.empty_strided((200, 4, 128), strides, dtype=torch.bfloat16, device="meta") for _ in range(4)))
 
 
+def move_kv(kv_dtype: str, dtype: str, stacked: bool, head_dim: int = 128, odd: bool = False) -> None:
+    """Injection of two tokens into static caches, and extraction; `odd` gives caches whose rows do not start at 16 bytes."""
+    from voco_kernels import VocoKV
+    from voco_kernels.backends.triton import kv as backend
+
+    layers, heads = 3, 8
+    shape = (layers, heads, 16 + odd, head_dim + odd)
+    sides = [torch.empty(shape, dtype=getattr(torch, dtype))[..., odd:].transpose(1, 2) for _ in "kv"]
+    # Tensors of their own, and in no order that a stride could describe.
+    sides = [list(side) if stacked else [side[0].clone(), side[2].clone(), side[1].clone()] for side in sides]
+    tokens, inv_freq = torch.zeros(2, dtype=torch.int64), torch.empty(head_dim // 2)
+    rows = torch.empty(layers, 2, heads, head_dim, dtype=getattr(torch, kv_dtype))
+    scales = (None, None) if rows.is_floating_point() and rows.itemsize > 1 else (torch.empty(layers, 2, heads),) * 2
+    kv = VocoKV(rows, rows.clone(), *scales)
+    backend.injection(*sides, tokens, tokens, inv_freq, 1.0)(kv.k, kv.v, kv.k_scale, kv.v_scale)
+    out = [torch.empty(layers, 2, heads, head_dim, dtype=getattr(torch, dtype)) for _ in "kv"]
+    backend.extraction(*sides, tokens, tokens, inv_freq, 1.0, *out)()
+
+
 def _launch(arch: int, q, k, v, grad) -> None:
     from voco_kernels import Image, Text, VocoLayout
     from voco_kernels.backends.triton import launch

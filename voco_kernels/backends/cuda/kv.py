@@ -6,6 +6,7 @@ copied to the device or waited for, so CUDA graphs can hold it.
 
 import torch
 
+from ...layers import cache_strides, equal_runs
 from . import load, serves
 from . import unavailable_reason as _module_unavailable_reason
 
@@ -69,8 +70,8 @@ class _Move:
                 k_caches=[x.data_ptr() for x in k_caches[begin:end]],
                 v_caches=[x.data_ptr() for x in v_caches[begin:end]],
                 cache_dtype=CACHE_DTYPES[first.dtype],
-                k_cache_strides=_cache_strides(k_caches[begin]),
-                v_cache_strides=_cache_strides(v_caches[begin]),
+                k_cache_strides=cache_strides(k_caches[begin]),
+                v_cache_strides=cache_strides(v_caches[begin]),
                 block_size=first.shape[-3],
                 num_slots=first.shape[:-2].numel(),
                 slots=slots.data_ptr(),
@@ -83,7 +84,7 @@ class _Move:
                 heads=first.shape[-2],
                 half=first.shape[-1] // 2,
             )
-            for begin, end in _groups(k_caches, v_caches, module.MAX_LAYERS)
+            for begin, end in equal_runs(k_caches, v_caches, module.MAX_LAYERS)
         ]
 
     def __call__(self, k, v, k_scale, v_scale) -> None:
@@ -101,19 +102,3 @@ class _Move:
         for mover in self._movers:
             mover.set_rows(ROW_DTYPES[dtype], dtype.itemsize, k, v, *scales)
         self._form = form
-
-
-def _cache_strides(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    """Strides of block, slot, head and dim."""
-    return cache.stride() if cache.ndim == 4 else (0, *cache.stride())
-
-
-def _groups(k_caches, v_caches, most: int) -> list[tuple[int, int]]:
-    """Runs [begin, end) of layers with equal strides, at most `most` long: one launch each, and nearly always one in all."""
-    groups, begin = [], 0
-    for layer in range(1, len(k_caches) + 1):
-        at_end = layer == len(k_caches) or layer - begin == most
-        if at_end or any(x[layer].stride() != x[begin].stride() for x in (k_caches, v_caches)):
-            groups.append((begin, layer))
-            begin = layer
-    return groups

@@ -23,7 +23,7 @@ def unavailable_reason() -> str | None:
     """Why Triton kernels cannot run on this machine; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
+    if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA device"
     return None
 
@@ -34,7 +34,7 @@ def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str
         return f"it takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
     if not MIN_HEAD_DIM <= q.shape[2] <= MAX_HEAD_DIM:
         return f"it takes head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {q.shape[2]}"
-    if _interpreted():
+    if interpreted():
         return None
     if q.device.type != "cuda" or torch.version.cuda is None:
         return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
@@ -117,7 +117,7 @@ def _plan(layout: VocoLayout, q: torch.Tensor) -> TilePlan:
 
 
 @cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton was told to run kernels on the CPU (TRITON_INTERPRET=1)."""
     if find_spec("triton") is None:
         return False
