@@ -34,7 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "torch K/V path": ("voco_kernels/kv_path.py", "voco_kernels/backends/torch_kv.py"),
     "triton K/V path": ("voco_kernels/kv_path.py", "voco_kernels/layers.py", f"{_TRITON}/kv.py"),
     "cuda K/V path": (
-        "voco_kernels/kv_path.py", "voco_kernels/layers.py", "voco_kernels/backends/cuda/kv.py", "csrc/kv_cache.cu", "csrc/bindings.cpp",
+        "voco_kernels/kv_path.py", "voco_kernels/layers.py", "voco_kernels/backends/cuda/kv.py",
+        "csrc/kv_cache.cu", "csrc/bindings.cpp",
         "csrc/include/voco/kv_cache.h", "csrc/include/voco/kv_cache.cuh", "csrc/include/voco/rotary.cuh",
         "csrc/include/voco/ops.cuh",
     ),

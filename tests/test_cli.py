@@ -1,12 +1,17 @@
-"""The `voco` command as a user calls it: a new process, files in a folder, answers on standard output."""
+"""The `voco` command as a user calls it: mostly a new process, files in a folder, answers on standard output."""
 
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from voco_llama import VocoLlavaForConditionalGeneration, cli
 from voco_llama.demo.digits import DigitsTask
+
+from voco_kernels import VocoKV
 
 
 def voco(*arguments, cwd, ok=True):
@@ -15,6 +20,15 @@ def voco(*arguments, cwd, ok=True):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) is ok, done.stderr
     return done
+
+
+def voco_here(arguments, folder, monkeypatch) -> int:
+    """The exit status of `voco ...` in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["voco", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +87,68 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, arguments, said):
     done = voco(*arguments, cwd=folder, ok=False)
     assert said in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
     assert not (folder / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    """Three seconds of a video, each an image of digits of its own; its cache file, and one that is cut off."""
+    pytest.importorskip("av")
+    from test_video import write
+
+    digits = [np.asarray(DigitsTask("heldout").sample((5, i)).image.resize((64, 64))) for i in range(3)]
+    path = write(folder / "clip.mp4", digits, rate=1)
+    (folder / "cut.mp4").write_bytes(path.read_bytes()[:1000])
+    voco("compress", "clip.mp4", "--out", "caches", cwd=folder)
+    return path
+
+
+def test_compress_writes_one_file_for_all_frames_of_a_video(folder, clip, monkeypatch, capsys):
+    arguments = ["compress", "clip.mp4", "digits0.png", "--out", "more", "--fps", "2", "--json"]
+    assert voco_here(arguments, folder, monkeypatch) == 0
+    video, image = json.loads(capsys.readouterr().out)
+    assert video["source"] == "clip.mp4" and (video["frames"], image["frames"]) == (6, 1)
+    kv = VocoKV.load(folder / video["cache"])
+    assert len(kv.segments) == 6 and kv.num_tokens == video["voco"] == 6 * image["voco"]
+
+
+def test_ask_answers_the_same_from_video_and_cache(folder, clip, monkeypatch, capsys):
+    """Together with an image, in order."""
+    answers = []
+    for sources in (("clip.mp4", "digits1.png"), ("caches/clip.safetensors", "caches/digits1.safetensors")):
+        assert voco_here(["ask", *sources, "what is in the image", "--json"], folder, monkeypatch) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("compress", "cut.mp4", "--out", "new"), "cut.mp4 is not a video file"),
+        (("compress", "nowhere.mkv", "--out", "new"), "nowhere.mkv does not exist"),
+        (("compress", "clip.mp4", "clip.mp4", "--out", "new"), "sources must have different names"),
+        (("ask", "clip.mp4", "how many fours", "--fps", "0"), "fps must be a positive number"),
+        (("ask", "clip.mp4", "how many fours", "--fps", "1", "--frames", "2"), "--fps must be used without --frames"),
+        (("ask", "digits0.png", "how many fours", "--frames", "2"), "--fps and --frames must be used with a video"),
+        (("ask", "clip.mp4", "how many fours", "--uncompressed"), "--uncompressed must be used with image files alone"),
+    ],
+)
+def test_bad_videos_are_one_line_and_write_nothing(folder, clip, arguments, said, monkeypatch, capsys):
+    """In this process: they are refused before there is a model."""
+    assert voco_here(arguments, folder, monkeypatch) == 1
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert not (folder / "new").exists()
+
+
+def test_a_store_keeps_what_was_compressed(folder, clip, monkeypatch):
+    pytest.importorskip("voco_kernels.store")
+    arguments = ["compress", "clip.mp4", "digits0.png", "--store", "kept", "--out"]
+    assert voco_here([*arguments, "first"], folder, monkeypatch) == 0
+    monkeypatch.setattr(VocoLlavaForConditionalGeneration, "compress", None)
+    assert voco_here([*arguments, "again"], folder, monkeypatch) == 0
+    for name in ("clip.safetensors", "digits0.safetensors"):
+        first, again = (VocoKV.load(folder / out / name) for out in ("first", "again"))
+        assert torch.equal(first.k, again.k) and torch.equal(first.v, again.v) and first.segments == again.segments
+    assert voco_here(["ask", "clip.mp4", "digits0.png", "how many fours", "--store", "kept"], folder, monkeypatch) == 0
 
 
 def test_damaged_cache_is_refused(folder):

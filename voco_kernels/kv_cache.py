@@ -86,6 +86,28 @@ class VocoKV:
         scales = (s if s is None else s.to(k.device) for s in (self.k_scale, self.v_scale))
         return VocoKV(k, v, *scales, self.segments, dict(self.meta))
 
+    def quantised(self, dtype: torch.dtype = torch.int8) -> "VocoKV":
+        """K/V in int8 or float8_e4m3fn; a scale for each layer, token and head makes its largest number 127 or 448.
+
+        Raises:
+            ValueError: K/V that are quantised already or not finite; another dtype.
+        """
+        if dtype not in QUANTISED_DTYPES:
+            reject("dtype", "int8 or float8_e4m3fn", dtype)
+        if self.k_scale is not None:
+            reject("kv", "not quantised", self.k.dtype)
+        (k, k_scale), (v, v_scale) = (_quantised(name, x, dtype) for name, x in (("k", self.k), ("v", self.v)))
+        return VocoKV(k, v, k_scale, v_scale, self.segments, dict(self.meta))
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> "VocoKV":
+        """K/V of a floating dtype: multiplied by their scales in float32, rounded once. ValueError unless quantised."""
+        if self.k_scale is None:
+            reject("kv", "quantised", self.k.dtype)
+        if dtype not in KV_DTYPES:
+            reject("dtype", "float16, bfloat16, float32 or float64", dtype)
+        k, v = ((x.float() * s[..., None]).to(dtype) for x, s in ((self.k, self.k_scale), (self.v, self.v_scale)))
+        return VocoKV(k, v, segments=self.segments, meta=dict(self.meta))
+
     def __getitem__(self, tokens: slice) -> "VocoKV":
         """Tokens `tokens` (a slice with step 1). Segments are kept where the slice cuts none of them, else dropped."""
         if not isinstance(tokens, slice) or tokens.step not in (None, 1):
@@ -134,6 +156,20 @@ class VocoKV:
         from . import kv_file
 
         return kv_file.load(path)
+
+
+def _quantised(name: str, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.float()
+    largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    if not bool(largest.isfinite().all()):
+        reject(name, "finite", "of infinities or NaN")
+    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = largest / limit
+    # Rows of zeros, or of what is as good as zero, stay zeros.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # A subnormal scale is so coarse that a quotient may pass the limit, and int8 would wrap.
+    x = (x / scale[..., None]).clamp(-limit, limit)
+    return (x.round() if dtype == torch.int8 else x).to(dtype), scale
 
 
 def _cut_segments(segments, begin: int, end: int) -> list[tuple[int, int]] | None:

@@ -1,8 +1,10 @@
 """The `voco` command."""
 
+import itertools
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,21 +12,29 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+
+from . import cache_cli
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compress images into a few K/V tokens of a LLaMA, and ask about them.",
+    help="Compress images and videos into a few K/V tokens of a LLaMA, and ask about them.",
 )
+app.add_typer(cache_cli.app, name="cache")
 # Results go to standard output, everything else to standard error, so that --json can be piped.
 messages = Console(stderr=True)
 output = Console()
 
 ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint folder; the packaged demo model if absent.")]
 VocoOption = Annotated[int | None, typer.Option("--voco", help="VoCo tokens per image; the model's default if absent.")]
+FpsOption = Annotated[float | None, typer.Option("--fps", help="Frames per second to take of videos; 1 if absent.")]
+FramesOption = Annotated[int | None, typer.Option("--frames", help="Frames to take of each video, instead of --fps.")]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Folder that keeps compressed images and frames, and is asked for them first.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 CACHE_SUFFIX = ".safetensors"
@@ -41,59 +51,57 @@ def main() -> None:
 
 @app.command()
 def compress(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for one cache file per image.")],
+    sources: Annotated[list[Path], typer.Argument(help="Image and video files.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for one cache file per image or video.")],
     model: ModelOption = None,
     voco: VocoOption = None,
+    fps: FpsOption = None,
+    frames: FramesOption = None,
+    store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress images, each into a cache file of its VoCo tokens' K/V."""
-    targets = [out / f"{image.stem}{CACHE_SUFFIX}" for image in images]
+    """Compress images and videos, each into a cache file of its VoCo tokens' K/V."""
+    targets = [out / f"{source.stem}{CACHE_SUFFIX}" for source in sources]
     for target in targets:
         if targets.count(target) > 1:
-            raise ValueError(f"images must have different names, but two would be written to {target}")
-    opened = [_open(image) for image in images]
-    llava = _load(model)
+            raise ValueError(f"sources must have different names, but two would be written to {target}")
+    opened = _open(sources, fps, frames, caches=False)
     rows = []
-    with _progress() as progress:
-        task = progress.add_task("compress", total=len(images))
-        for path, image, target in zip(images, opened, targets, strict=True):
-            (kv,) = llava.compress([image], voco)
-            kv.save(target)
-            rows.append({"image": str(path), "cache": str(target), "voco": kv.num_tokens, "bytes": kv.nbytes})
-            progress.advance(task)
+    for path, kv, target in zip(sources, _compressed(_load(model), opened, voco, store), targets, strict=True):
+        kv.save(target)
+        counts = {"frames": len(kv.segments), "voco": kv.num_tokens, "bytes": kv.nbytes}
+        rows.append({"source": str(path), "cache": str(target), **counts})
     if as_json:
         _print_json(rows)
         return
-    table = Table("image", "cache", "VoCo tokens", "bytes")
+    table = Table("source", "cache", "frames", "VoCo tokens", "bytes")
     for row in rows:
-        table.add_row(row["image"], row["cache"], str(row["voco"]), f"{row['bytes']:,}")
+        table.add_row(row["source"], row["cache"], str(row["frames"]), str(row["voco"]), f"{row['bytes']:,}")
     output.print(table)
 
 
 @app.command()
 def ask(
-    sources: Annotated[list[Path], typer.Argument(help="Image files, or cache files of `voco compress`.")],
+    sources: Annotated[list[Path], typer.Argument(help="Image and video files, or cache files of `voco compress`.")],
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
     model: ModelOption = None,
     voco: VocoOption = None,
+    fps: FpsOption = None,
+    frames: FramesOption = None,
+    store: StoreOption = None,
     uncompressed: Annotated[bool, typer.Option("--uncompressed", help="Show the whole images to the model.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask about images or compressed images, all in one prompt."""
-    from voco_kernels import VocoKV
-
-    caches = [source.suffix == CACHE_SUFFIX for source in sources]
-    if uncompressed and (any(caches) or voco is not None):
-        raise ValueError("--uncompressed must be used with image files alone, without caches and without --voco")
-    loaded = [VocoKV.load(s) if is_cache else _open(s) for s, is_cache in zip(sources, caches, strict=True)]
+    """Ask about images and videos, compressed or not, all in one prompt."""
+    opened = _open(sources, fps, frames, caches=True)
+    if uncompressed and (voco is not None or store is not None or not all(map(_is_image, opened))):
+        raise ValueError("--uncompressed must be used with image files alone, without caches, videos, --voco and --store")
     llava = _load(model)
     if uncompressed:
-        answer = llava.ask(question, images=loaded, num_voco_tokens=0, max_new_tokens=max_tokens)
+        answer = llava.ask(question, images=opened, num_voco_tokens=0, max_new_tokens=max_tokens)
     else:
-        kv = [x if is_cache else llava.compress([x], voco)[0] for x, is_cache in zip(loaded, caches, strict=True)]
-        answer = llava.ask(question, voco_kv=kv, max_new_tokens=max_tokens)
+        answer = llava.ask(question, voco_kv=list(_compressed(llava, opened, voco, store)), max_new_tokens=max_tokens)
     if as_json:
         _print_json({"question": question, "answer": answer, "sources": [str(s) for s in sources]})
     else:
@@ -108,11 +116,11 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which images.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer questions about images of real digits: uncompressed, in two stages, and from saved caches."""
+    """Answer questions about real digits in images and in a clip: uncompressed, in two stages, and from saved caches."""
     from .demo import show
 
     with _progress() as progress:
-        task = progress.add_task("load the model", total=6)
+        task = progress.add_task("load the model", total=7)
 
         def step(name: str) -> None:
             progress.update(task, description=name, advance=1)
@@ -168,10 +176,67 @@ def _load(folder: Path | None):
     return VocoLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").float().eval()
 
 
-def _open(path: Path):
-    from .processing import open_image
+def _open(sources: list[Path], fps: float | None, frames: int | None, *, caches: bool) -> list:
+    """Of each file the PIL image, the VideoFrames, or (with `caches`) the VocoKV."""
+    from voco_kernels import VocoKV
 
-    return open_image(path)
+    from .processing import open_image
+    from .video import VIDEO_SUFFIXES, frames_of
+
+    if fps is not None and frames is not None:
+        raise ValueError("--fps must be used without --frames")
+    videos = [source.suffix.lower() in VIDEO_SUFFIXES for source in sources]
+    if not any(videos) and (fps is not None or frames is not None):
+        raise ValueError("--fps and --frames must be used with a video, but there was none")
+    opened = []
+    for source, is_video in zip(sources, videos, strict=True):
+        if is_video:
+            opened.append(frames_of(source, fps=fps, num_frames=frames))
+        elif caches and source.suffix == CACHE_SUFFIX:
+            opened.append(VocoKV.load(source))
+        else:
+            opened.append(open_image(source))
+    return opened
+
+
+def _is_image(opened) -> bool:
+    from PIL import Image
+
+    return isinstance(opened, Image.Image)
+
+
+def _compressed(llava, opened: list, voco: int | None, folder: Path | None) -> Iterator:
+    """The VocoKV of each opened file in turn, behind a bar that counts images and frames."""
+    from .video import VideoFrames
+
+    store = _store(folder)
+    counts = [len(x) if isinstance(x, VideoFrames) else 1 for x in opened]
+    with _progress() as progress:
+        task = progress.add_task("compress", total=sum(counts))
+        for x, before, count in zip(opened, itertools.accumulate(counts, initial=0), counts):
+            yield _kv_of(llava, x, voco, store, lambda n, _, before=before: progress.update(task, completed=before + n))
+            progress.update(task, completed=before + count)
+
+
+def _kv_of(llava, opened, voco: int | None, store, progress):
+    from voco_kernels import VocoKV
+
+    from .video import VideoFrames
+
+    if isinstance(opened, VocoKV):
+        return opened
+    if isinstance(opened, VideoFrames):
+        return llava.compress_video(opened, voco, store=store, progress=progress)
+    (kv,) = llava.compress([opened], voco) if store is None else store.get_or_compress([opened], llava, voco)
+    return kv
+
+
+def _store(folder: Path | None):
+    if folder is None:
+        return None
+    from voco_kernels import VocoStore
+
+    return VocoStore(folder)
 
 
 def _version(name: str) -> str | None:
@@ -188,7 +253,7 @@ def _version(name: str) -> str | None:
 
 @contextmanager
 def _progress():
-    with Progress(console=messages, transient=True) as progress:
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=messages, transient=True) as progress:
         yield progress
 
 

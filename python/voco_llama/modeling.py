@@ -1,7 +1,9 @@
 """The thin VoCo LLaVA: stock LLaVA layers, VoCo attention in the LLaMA, two-stage inference around `generate`."""
 
 import hashlib
+import itertools
 import json
+from collections.abc import Callable, Sized
 
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
@@ -14,6 +16,7 @@ from voco_kernels.integrations.transformers import CACHE_NAME
 from . import stages
 from .configuration import VocoLlavaConfig
 from .processing import VocoProcessor
+from .video import frames_of
 
 voco_transformers.register()
 
@@ -243,8 +246,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             images = list(images) if isinstance(images, list | tuple) else [images]
             if not images:
                 return []
-            tokens = self.processor(images, [self.processor.image_token] * len(images), num_voco_tokens)
-            input_ids, pixel_values = tokens["input_ids"], tokens["pixel_values"]
+            input_ids, pixel_values = self._segments_of(images, num_voco_tokens)
             meta["processor"] = self.processor.fingerprint()
         elif input_ids is None or pixel_values is None:
             raise ValueError("images must be given, or input_ids and pixel_values, but were None")
@@ -253,6 +255,74 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             rows = slice(begin, begin + batch_size)
             results += stages.compress(self, input_ids[rows], pixel_values[rows], meta)
         return results
+
+    def _segments_of(self, images: list, num_voco_tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids [images, S], pixel_values [images, 3, H, W]) of images, each the only one of its row."""
+        tokens = self.processor(images, [self.processor.image_token] * len(images), num_voco_tokens)
+        return tokens["input_ids"], tokens["pixel_values"]
+
+    def store_keys(self, images: list, num_voco_tokens: int | None = None) -> list[str]:
+        """For each image the name of its compressed form in a `VocoStore`: a SHA-256 over all that it depends on.
+
+        That is the model (configuration and every tensor), its dtype, the processor's settings, and of the image its pixels
+        as the vision tower gets them and the tokens of its segment, VoCo tokens among them.
+        """
+        if not images:
+            return []
+        input_ids, pixel_values = self._segments_of(list(images), num_voco_tokens)
+        common = (self.fingerprint(), self.processor.fingerprint(), str(self.dtype))
+        return [stages.store_key(*common, ids, pixels) for ids, pixels in zip(input_ids, pixel_values)]
+
+    def compress_video(
+        self,
+        video,
+        num_voco_tokens: int | None = None,
+        *,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        batch_size: int = 32,
+        store=None,
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> VocoKV:
+        """Stage 1 of a video: compress its frames, each alone, as they are decoded.
+
+        With the number of frames only the result grows, of which there are two for a moment at the end.
+
+        Args:
+            video: a path to a video file, or an iterable of frames: PIL images, paths of images or uint8 arrays [H, W, 3].
+            num_voco_tokens: VoCo tokens per frame; the processor's default where None.
+            fps, num_frames: which frames (see `video.frames_of`); of a file one a second where both are None.
+            batch_size: frames per forward, and in memory.
+            store: a `VocoStore`; frames that it holds are not compressed again, wherever they stood then.
+            progress: called with the number of frames done and of all (None where it is not known) after each batch.
+
+        Returns:
+            One VocoKV of all frames in order, on the model's device: a segment per frame, and what is common to the `meta`
+            of all. It may stand among the `voco_kv` of `ask` and `generate` for its frames.
+
+        Raises:
+            ValueError: a model that is not isolated; no frames; whatever `compress` and `frames_of` refuse.
+        """
+        if not self.config.isolated:
+            raise ValueError(
+                "isolated must be True in the model's configuration, so that frames can be compressed alone, but was False; "
+                "generate(two_stage=True) compresses them in their context"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but was {batch_size}")
+        frames = frames_of(video, fps=fps, num_frames=num_frames)
+        total = len(frames) if isinstance(frames, Sized) else None
+        left, parts = iter(frames), []
+        while batch := list(itertools.islice(left, batch_size)):
+            if store is None:
+                parts += self.compress(batch, num_voco_tokens, batch_size=batch_size)
+            else:
+                parts += [kv.to(self.device) for kv in store.get_or_compress(batch, self, num_voco_tokens)]
+            if progress is not None:
+                progress(len(parts), total)
+        if not parts:
+            raise ValueError("video must hold at least one frame, but holds none")
+        return VocoKV.cat(parts)
 
     @torch.no_grad()
     def cache_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> Cache:
@@ -282,7 +352,8 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Args:
             inputs, input_ids ([B, S]): prompts with vision and VoCo placeholders (`processor`), the same in every mode.
-            voco_kv: compressed images, one per image of all prompts in order, instead of `pixel_values`: stage 2 alone.
+            voco_kv: compressed images, one per image of all prompts in order, instead of `pixel_values`: stage 2 alone. One
+                of several segments (`compress_video`) stands for as many images.
             two_stage: with `pixel_values`, compress first (segment by segment, in context where a segment is not closed)
                 and keep only public keys; memory then does not grow with the number of images.
             kwargs: as in transformers; the cache of a conversation may be called `cache` or `past_key_values`.
@@ -313,7 +384,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         question: str,
         *,
         images=None,
-        voco_kv: list[VocoKV] | None = None,
+        voco_kv: VocoKV | list[VocoKV] | None = None,
         num_voco_tokens: int | None = None,
         **kwargs,
     ) -> str:
@@ -321,14 +392,19 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Args:
             images: PIL images, paths or uint8 arrays [H, W, 3]; read in a single pass (num_voco_tokens=0: uncompressed).
-            voco_kv: compressed images instead.
+            voco_kv: compressed images and videos instead.
             num_voco_tokens: VoCo tokens per image of `images`.
             kwargs: for `generate`; greedy unless they say otherwise.
         """
         if (images is None) == (voco_kv is None):
             raise ValueError("images or voco_kv must be given, and not both")
-        counts = num_voco_tokens if voco_kv is None else [kv.num_tokens for kv in voco_kv]
-        prompt = self.processor.prompt(question, len(images if voco_kv is None else voco_kv))
+        if voco_kv is None:
+            frames, counts = len(images), num_voco_tokens
+        else:
+            voco_kv = [voco_kv] if isinstance(voco_kv, VocoKV) else voco_kv
+            of_source = [[kv.num_tokens] if kv.segments is None else [n for _, n in kv.segments] for kv in voco_kv]
+            frames, counts = [len(x) for x in of_source], list(itertools.chain.from_iterable(of_source))
+        prompt = self.processor.prompt(question, frames)
         tokens = self.processor(images, prompt, counts).to(self.device)
         new = self.generate(**tokens, voco_kv=voco_kv, **{"do_sample": False, "max_new_tokens": 64, **kwargs})
         new = new[0, tokens["input_ids"].shape[1] :]

@@ -132,9 +132,9 @@ class VocoProcessor(LlavaProcessor):
                 features["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         counts = iter(counts)
         expanded = [self._expand(prompt, counts) for prompt in prompts]
-        tokens = self.tokenizer(
-            expanded, return_tensors=return_tensors, **{"padding": True, "return_token_type_ids": False, **text_kwargs}
-        )
+        # Not verbose: what a prompt takes of the context depends on the position policy; the model checks that.
+        options = {"padding": True, "return_token_type_ids": False, "verbose": False, **text_kwargs}
+        tokens = self.tokenizer(expanded, return_tensors=return_tensors, **options)
         return BatchFeature({**tokens, **features}, tensor_type=return_tensors)
 
     @property
@@ -148,10 +148,16 @@ class VocoProcessor(LlavaProcessor):
         tokens = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
         return tokens - (self.vision_feature_select_strategy == "default")
 
-    def prompt(self, question: str, num_images: int = 1) -> str:
-        """The chat template's prompt for one question about `num_images` images."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
-        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    def prompt(self, question: str, num_images: int | Sequence[int] = 1) -> str:
+        """The chat template's prompt for one question about `num_images` images.
+
+        A sequence has a number per source: the frames of a video stand side by side where the template has one image.
+        """
+        frames = [1] * num_images if isinstance(num_images, int) else list(num_images)
+        content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": question}]
+        prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        left = iter(frames)
+        return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(left, 1), prompt)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides what the model sees of an image: pixels and placeholder text."""

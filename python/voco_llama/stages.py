@@ -101,19 +101,18 @@ def compress(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, meta: d
 
 def runs_of(layout: VocoLayout, begin: int, end: int) -> list[Run]:
     """The runs of one document, tokens begin to end of the layout, padding left out."""
-    segments = layout.segment_ids[begin:end].cpu()
+    segments, public, positions = (
+        x[begin:end].cpu() for x in (layout.segment_ids, layout.public, layout.position_ids)
+    )
     edges = [0, *((segments[1:] != segments[:-1]).nonzero()[:, 0] + 1).tolist(), end - begin]
     runs, seen_public = [], False
     for first, last in itertools.pairwise(edges):
         if first == last or segments[first] < 0:
             continue
         tokens = slice(first, last)
-        public = layout.public[begin:end][tokens].cpu()
         closed = layout.isolated or not seen_public
-        runs.append(
-            Run(tokens, int(segments[first]), public, layout.position_ids[begin:end][tokens].cpu(), closed)
-        )
-        seen_public = seen_public or bool(public.any())
+        runs.append(Run(tokens, int(segments[first]), public[tokens], positions[tokens], closed))
+        seen_public = seen_public or bool(public[tokens].any())
     return runs
 
 
@@ -121,6 +120,16 @@ def shift_of(runs: list[Run]) -> int:
     """What to subtract from positions so that the last run, of text, stands where a plain prompt would have it."""
     before = sum(int(run.public.sum()) for run in runs[:-1])
     return int(runs[-1].positions[0]) - before
+
+
+def per_segment(kv: VocoKV) -> list[VocoKV]:
+    """The K/V of each segment (a video has one per frame), as views; K/V of unknown segments count as those of one."""
+    if kv.segments is None or len(kv.segments) == 1:
+        return [kv]
+    counts = [voco for _, voco in kv.segments]
+    tensors = (kv.k, kv.v, kv.k_scale, kv.v_scale)
+    parts = zip(*([None] * len(counts) if x is None else x.split(counts, dim=1) for x in tensors), strict=True)
+    return [VocoKV(*part, [segment], kv.meta) for part, segment in zip(parts, kv.segments, strict=True)]
 
 
 @torch.no_grad()
@@ -141,29 +150,37 @@ def forward_runs(
     inv_freq, scaling = rotary_of(language_model)
     hidden = []
 
+    def places(run: Run) -> torch.Tensor:
+        return (run.positions - shift).to(language_model.device)
+
     def forward(run: Run, into: DynamicCache) -> torch.Tensor:
-        positions = (run.positions - shift)[None].to(language_model.device)
         return language_model(
-            inputs_embeds=embeddings(run), position_ids=positions, use_cache=True, **{CACHE_NAME: into}
+            inputs_embeds=embeddings(run), position_ids=places(run)[None], use_cache=True, **{CACHE_NAME: into}
         ).last_hidden_state
 
-    for run in runs:
-        positions = (run.positions - shift)[run.public].to(language_model.device)
+    def compressed_alone(run: Run) -> VocoKV:
+        alone = DynamicCache(config=language_model.config)
+        forward(run, alone)
         index = run.public.nonzero()[:, 0].to(language_model.device)
-        if run.segment == 0:
-            hidden.append(forward(run, cache))
-        elif stored is not None:
-            _append(cache, next(stored), positions, inv_freq, scaling)
-        elif run.closed:
-            alone = DynamicCache(config=language_model.config)
-            forward(run, alone)
-            _append(cache, _extract(alone, 0, index, positions, inv_freq, scaling), positions, inv_freq, scaling)
-        else:
+        return _extract(alone, 0, index, places(run)[index], inv_freq, scaling)
+
+    def sees_no_cache(run: Run) -> bool:
+        return run.segment > 0 and (stored is not None or run.closed)
+
+    for apart, group in itertools.groupby(runs, sees_no_cache):
+        group = list(group)
+        if apart:
+            parts = [compressed_alone(run) if stored is None else next(stored) for run in group]
+            positions = torch.cat([(run.positions - shift)[run.public] for run in group])
+            _append(cache, parts, positions.to(language_model.device), inv_freq, scaling, language_model.dtype)
+            continue
+        for run in group:
             past = length_of(cache)
-            forward(run, cache)
-            kept = torch.cat([torch.arange(past, device=index.device), past + index])
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
+            states = forward(run, cache)
+            if run.segment:
+                _drop_private(cache, past, run.public)
+            else:
+                hidden.append(states)
     return cache, hidden
 
 
@@ -178,10 +195,12 @@ def public_prompts(
             raise ValueError(f"input_ids must end with text in every row, but row {row} ends with an image or is empty")
     stored = None
     if voco_kv is not None:
-        stored = [voco_kv] if isinstance(voco_kv, VocoKV) else list(voco_kv)
-        segments = [(input_ids[row, run.tokens], run) for row, runs in enumerate(documents) for run in runs if run.segment]
-        _check_stored(model, stored, segments)
-        stored = iter([kv.to(model.device) for kv in stored])
+        given = [voco_kv] if isinstance(voco_kv, VocoKV) else voco_kv
+        parts = [per_segment(kv.to(model.device)) for kv in given]
+        ids = input_ids.cpu()
+        segments = [(ids[row, run.tokens], run) for row, runs in enumerate(documents) for run in runs if run.segment]
+        _check_stored(model, parts, segments)
+        stored = itertools.chain.from_iterable(parts)
     embed = _Embedder(model, input_ids, layout if stored is not None else None, pixel_values)
     caches = []
     for row, runs in enumerate(documents):
@@ -255,34 +274,43 @@ def image_features(model, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.cat(list(features), dim=0)
 
 
-def _check_stored(model, stored: list[VocoKV], segments: list[tuple[torch.Tensor, Run]]) -> None:
-    """ValueError where K/V do not fit the segments, (token ids, run), that they stand for."""
+def _check_stored(model, parts: list[list[VocoKV]], segments: list[tuple[torch.Tensor, Run]]) -> None:
+    """ValueError where K/V do not fit the segments, (token ids, run), that they stand for.
+
+    `parts` has the segments of each VocoKV that was given.
+    """
+    stored = [
+        (f"voco_kv[{i}]" + (f", segment {j}," if len(part) > 1 else ""), kv)
+        for i, part in enumerate(parts)
+        for j, kv in enumerate(part)
+    ]
     if len(stored) != len(segments):
         raise ValueError(f"voco_kv must hold one VocoKV per image of the prompts ({len(segments)}), but holds {len(stored)}")
     expected = {"model": model.fingerprint()}
-    if any("processor" in kv.meta for kv in stored):
+    if any("processor" in kv.meta for _, kv in stored):
         expected["processor"] = model.processor.fingerprint()
     config = model.config.text_config
     shape = (config.num_hidden_layers, config.num_key_value_heads)
-    for i, (kv, (ids, run)) in enumerate(zip(stored, segments, strict=True)):
-        for name, value in expected.items():
-            if kv.meta.get(name, value) != value:
+    for (name, kv), (ids, run) in zip(stored, segments, strict=True):
+        for origin, value in expected.items():
+            if kv.meta.get(origin, value) != value:
                 raise ValueError(
-                    f"voco_kv[{i}] must be made by this {name} ({value[:12]}...), but was made by {kv.meta[name][:12]}..."
+                    f"{name} must be made by this {origin} ({value[:12]}...), but was made by {kv.meta[origin][:12]}..."
                 )
         counts = (int((~run.public).sum()), int(run.public.sum()))
         if (kv.segments is not None and [tuple(s) for s in kv.segments] != [counts]) or kv.num_tokens != counts[1]:
             raise ValueError(
-                f"voco_kv[{i}] must be of {counts[0]} private and {counts[1]} VoCo tokens, as the prompt is, but was of "
+                f"{name} must be of {counts[0]} private and {counts[1]} VoCo tokens, as the prompt is, but was of "
                 f"{kv.segments or [kv.num_tokens]}"
             )
         if (kv.k.shape[0], kv.k.shape[2]) != shape:
-            raise ValueError(f"voco_kv[{i}] must have [layers, heads] {list(shape)}, but was of shape {list(kv.k.shape)}")
-        if kv.meta.get("prompt", _digest(ids)) != _digest(ids):
-            raise ValueError(f"voco_kv[{i}] must be made of its segment's tokens in input_ids, but was made of others")
+            raise ValueError(f"{name} must have [layers, heads] {list(shape)}, but was of shape {list(kv.k.shape)}")
+        digest = _digest(ids)
+        if kv.meta.get("prompt", digest) != digest:
+            raise ValueError(f"{name} must be made of its segment's tokens in input_ids, but was made of others")
         if not run.closed:
             raise ValueError(
-                f"voco_kv[{i}] stands where its segment is not closed (public tokens before it, and the model is not "
+                f"{name} stands where its segment is not closed (public tokens before it, and the model is not "
                 "isolated); use pixel_values with two_stage=True"
             )
 
@@ -327,15 +355,30 @@ def _extract(cache: Cache, row: int, index, positions, inv_freq, scaling) -> Voc
     return extract_kv(keys, values, index, positions, inv_freq, scaling)
 
 
-def _append(cache: DynamicCache, kv: VocoKV, positions, inv_freq, scaling) -> None:
-    """Add compressed tokens behind the keys of a one-row cache."""
-    dtype = kv.k.dtype if kv.k_scale is None else inv_freq.dtype
-    k = torch.empty(kv.k.shape, dtype=dtype, device=kv.k.device)
-    v = torch.empty_like(k)
-    slots = torch.arange(kv.num_tokens, device=k.device)
-    inject_kv(kv, k, v, slots, positions, inv_freq, scaling)
-    for layer in range(kv.num_layers):
-        cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+def _append(cache: DynamicCache, parts: list[VocoKV], positions: torch.Tensor, inv_freq, scaling, dtype) -> None:
+    """Add compressed tokens behind the keys of a one-row cache; together, since a cache grows by being copied."""
+    for _, alike in itertools.groupby(parts, lambda kv: kv.k.dtype):
+        kv = VocoKV.cat(list(alike))
+        k = torch.empty(kv.k.shape, dtype=dtype, device=kv.k.device)
+        v = torch.empty_like(k)
+        slots = torch.arange(kv.num_tokens, device=k.device)
+        inject_kv(kv, k, v, slots, positions[: kv.num_tokens], inv_freq, scaling)
+        positions = positions[kv.num_tokens :]
+        for layer in range(kv.num_layers):
+            cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+
+
+def _drop_private(cache: DynamicCache, past: int, public: torch.Tensor) -> None:
+    """Of the tokens behind the first `past`, keep the keys of those that are public (bool [n])."""
+    index = public.nonzero()[:, 0].to(cache.layers[0].keys.device)
+    kept = torch.cat([torch.arange(past, device=index.device), past + index])
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
+
+
+def store_key(model: str, processor: str, dtype: str, ids: torch.Tensor, pixels: torch.Tensor) -> str:
+    """SHA-256 over what decides the K/V of a segment: fingerprints of model and processor, dtype, token ids and pixels."""
+    return hashlib.sha256("\n".join((model, processor, dtype, _digest(ids), pixels_digest(pixels))).encode()).hexdigest()
 
 
 def _digest(ids: torch.Tensor) -> str:
