@@ -13,6 +13,7 @@ import torch
 
 BUDGET = Path(__file__).parent / "triton_budget.json"
 KERNELS = ("forward_kernel", "dq_kernel", "dkv_kernel")
+KV_KERNELS = ("inject_kernel", "extract_kernel")
 COUNTED = ("registers", "stack", "shared", "LDL", "STL", "HMMA", "HGMMA", "LDGSTS")
 
 # name: (capability, function, arguments). head_dim 96 is compiled as 128 with masks.
@@ -25,6 +26,23 @@ SHIPPED = {
     for arch in (80, 90)
     for head_dim in (32, 64, 96, 128, 256)
     for dtype in ("float16", "bfloat16", "float32")
+}
+KV_TYPES = (
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "float32"),
+    ("int8", "bfloat16"),
+    ("float8_e4m3fn", "bfloat16"),
+)
+KV_SHIPPED = {
+    f"sm_{arch} {kv_dtype} -> {dtype}{'' if stacked else ', separate layers'}": (
+        arch,
+        "triton_jobs:move_kv",
+        {"kv_dtype": kv_dtype, "dtype": dtype, "stacked": stacked},
+    )
+    for arch in (80, 90)
+    for kv_dtype, dtype in KV_TYPES
+    for stacked in (True, False)
 }
 
 
@@ -82,12 +100,12 @@ def main() -> None:
     import fake_cuda
     import triton
 
-    kernels = {}
+    kernels, jobs = {}, SHIPPED | KV_SHIPPED
     with ThreadPoolExecutor(os.cpu_count()) as children:
-        compiled = children.map(lambda name: fake_cuda.run_jobs({name: SHIPPED[name]})[name], SHIPPED)
-        for at, (name, reports) in enumerate(zip(SHIPPED, compiled, strict=True), start=1):
+        compiled = children.map(lambda name: fake_cuda.run_jobs({name: jobs[name]})[name], jobs)
+        for at, (name, reports) in enumerate(zip(jobs, compiled, strict=True), start=1):
             kernels |= {f"{report.name} {name}": counted(report) for report in reports}
-            print(f"{at}/{len(SHIPPED)} {name}", file=sys.stderr, flush=True)
+            print(f"{at}/{len(jobs)} {name}", file=sys.stderr, flush=True)
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
     BUDGET.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n{lines}\n}}}}\n')
 

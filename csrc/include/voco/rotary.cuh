@@ -5,7 +5,7 @@
 
 namespace voco {
 
-// sin and cos of |angle| < 2^23, to about 1e-7. The library functions spill to local memory for large angles.
+// sin and cos of |angle| up to 2^20, to 1.3e-7. The library functions spill to local memory for large angles.
 __device__ inline void sincos_of(float angle, float* sine, float* cosine) {
   // angle = n * pi/2 + r. The float32 of pi/2 ends at 2^-23, so the first product is exact and so is its difference; what
   // it leaves out of pi/2 is taken off in two further steps (Cody and Waite).

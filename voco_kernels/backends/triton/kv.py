@@ -116,11 +116,11 @@ class _Caches:
         with on_device(cache):
             kernel[(tiles[0], tiles[1], shares)](
                 k, v, k_scale, v_scale, cache, self.kept[1][0], self.table, slots, positions, inv_freq,
-                multiplier, tokens, self.layers, heads, cache.shape[-3], cache.shape[:-2].numel(),
+                multiplier, tokens, self.layers, heads, max(1, cache.shape[-3]), cache.shape[:-2].numel(),
                 *(x // unit for x in self.far), *places, *(x // unit for s in rows for x in s[:3]), *scales[0], *scales[1],
                 k_cache_dim, v_cache_dim, rows[0][3], rows[1][3],
                 HALF=half, BLOCK=block, TOKENS=tokens_of_tile, HEADS=heads_of_tile, UNIT=unit, TABLE_UNIT=self.unit,
-                num_warps=4,
+                num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
 
@@ -161,12 +161,13 @@ def _on_device(table: list[list[int]], device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def _sincos(angle):
-    """(sin, cos) of |angle| < 2^23 to about 1e-7, without the library's detour through local memory for large angles.
+    """(sin, cos) of |angle| up to 2^20 to 1.3e-7, without the library's detour through local memory for large angles.
 
     angle = n pi/2 + r: the first product is exact and so is its difference, two more take off what float32 leaves out of
     pi/2 (Cody and Waite). Then minimax polynomials on [-pi/4, pi/4], as in Cephes.
     """
-    n = tl.floor(angle * 0.636619772367581343 + 0.5)
+    # Float32 has no fractions from 2^23 to 2^24, so adding 1.5 * 2^23 rounds to an integer.
+    n = (angle * 0.636619772367581343 + 12582912.0) - 12582912.0
     r = tl.fma(n, -1.57079637050628662109375, angle)
     r = tl.fma(n, 4.371138828673793e-8, r)
     r = tl.fma(n, 1.71512451e-15, r)
@@ -188,7 +189,7 @@ def _tile(tokens, heads, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.con
     """(token [TOKENS, 1, 1], head [1, HEADS, 1], column [1, 1, BLOCK], which of the tile's elements there are)."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
-    column = tl.arange(0, BLOCK)[None, None, :]
+    column = tl.arange(0, BLOCK).to(tl.int64)[None, None, :]
     present = (token < tokens) & (head < heads)
     if BLOCK != HALF:
         present = present & (column < HALF)
@@ -226,6 +227,12 @@ def _begin_of_layer(table_ptr, side: tl.constexpr, layer, layers, far, UNIT: tl.
 
 
 @triton.jit
+def _half(stride_dim, HALF: tl.constexpr):
+    """Elements from a column to the one that RoPE pairs it with."""
+    return tl.cast(stride_dim, tl.int64) * HALF
+
+
+@triton.jit
 def _number(x):
     """As float32. Bytes are float8_e4m3fn, which Triton knows only on later GPUs: shifted, they are a float16 over 2^8."""
     if x.dtype == tl.uint8:
@@ -241,7 +248,7 @@ def _number(x):
 @triton.jit
 def _rotated(low, high, sine, cosine):
     """Half-split RoPE (RoFormer, arXiv 2104.09864, in the layout of LLaMA)."""
-    return low * cosine - high * sine, high * cosine + low * sine
+    return tl.fma(low, cosine, -(high * sine)), tl.fma(high, cosine, low * sine)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -269,8 +276,8 @@ def inject_kernel(
         far = tl.cast(layer, tl.int64)
         k = k_from + far * k_layer * UNIT
         v = v_from + far * v_layer * UNIT
-        low, high = tl.load(k, mask=present), tl.load(k + HALF * k_dim, mask=present)
-        v_low, v_high = tl.load(v, mask=present), tl.load(v + HALF * v_dim, mask=present)
+        low, high = tl.load(k, mask=present), tl.load(k + _half(k_dim, HALF), mask=present)
+        v_low, v_high = tl.load(v, mask=present), tl.load(v + _half(v_dim, HALF), mask=present)
         low, high = _number(low), _number(high)
         if k_scale_ptr is not None:
             k_at = far * k_scale_layer + far_token * k_scale_token + far_head * k_scale_head
@@ -282,10 +289,10 @@ def inject_kernel(
         low, high = _rotated(low, high, sine, cosine)
         to = k_to + _begin_of_layer(table_ptr, 0, far, layers, k_far, UNIT, TABLE_UNIT) + column * k_cache_dim
         tl.store(to, low.to(k_cache_ptr.dtype.element_ty), mask=written)
-        tl.store(to + HALF * k_cache_dim, high.to(k_cache_ptr.dtype.element_ty), mask=written)
+        tl.store(to + _half(k_cache_dim, HALF), high.to(k_cache_ptr.dtype.element_ty), mask=written)
         to = v_to + _begin_of_layer(table_ptr, 1, far, layers, v_far, UNIT, TABLE_UNIT) + column * v_cache_dim
         tl.store(to, v_low.to(v_cache_ptr.dtype.element_ty), mask=written)
-        tl.store(to + HALF * v_cache_dim, v_high.to(v_cache_ptr.dtype.element_ty), mask=written)
+        tl.store(to + _half(v_cache_dim, HALF), v_high.to(v_cache_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -315,14 +322,14 @@ def extract_kernel(
         v = v_from + _begin_of_layer(table_ptr, 1, far, layers, v_far, UNIT, TABLE_UNIT) + column * v_cache_dim
         # A token that is not there becomes NaN: nobody checks what a captured graph reads.
         low = tl.load(k, mask=read, other=float("nan"))
-        high = tl.load(k + HALF * k_cache_dim, mask=read, other=float("nan"))
+        high = tl.load(k + _half(k_cache_dim, HALF), mask=read, other=float("nan"))
         v_low = tl.load(v, mask=read, other=float("nan"))
-        v_high = tl.load(v + HALF * v_cache_dim, mask=read, other=float("nan"))
+        v_high = tl.load(v + _half(v_cache_dim, HALF), mask=read, other=float("nan"))
         if inv_freq_ptr is not None:
             low, high = _rotated(low.to(tl.float32), high.to(tl.float32), -sine, cosine)
         to = k_to + far * k_layer * UNIT
         tl.store(to, low.to(k_ptr.dtype.element_ty), mask=present)
-        tl.store(to + HALF * k_dim, high.to(k_ptr.dtype.element_ty), mask=present)
+        tl.store(to + _half(k_dim, HALF), high.to(k_ptr.dtype.element_ty), mask=present)
         to = v_to + far * v_layer * UNIT
         tl.store(to, v_low, mask=present)
-        tl.store(to + HALF * v_dim, v_high, mask=present)
+        tl.store(to + _half(v_dim, HALF), v_high, mask=present)
