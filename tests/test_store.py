@@ -1,5 +1,6 @@
 """The store: what it keeps, for how long, and every fault that files, disks and other processes can have."""
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -13,6 +14,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -388,6 +390,18 @@ def _python(code: str, *arguments) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
 
 
+@contextlib.contextmanager
+def processes(code: str, *arguments: tuple, **options) -> Iterator[list[subprocess.Popen]]:
+    """Run `code` at once with each of the arguments; none outlives the test, be it that they wait for each other."""
+    started = [subprocess.Popen(_python(code, *each), env=_environment(), **options) for each in arguments]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
 
@@ -412,9 +426,8 @@ def test_two_processes_compress_an_image_once(tmp_path):
     """
     folder = tmp_path / "s"
     orders = ("1,2,3,4", "9,4,3,2")
-    options = {"env": _environment(), "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(_python(code, folder, order), **options) for order in orders]
-    said = [process.communicate(timeout=60)[0].strip() for process in both]
+    with processes(code, *((folder, order) for order in orders), stdout=subprocess.PIPE, text=True) as both:
+        said = [process.communicate(timeout=60)[0].strip() for process in both]
     assert said == ["[1.0, 2.0, 3.0, 4.0]", "[9.0, 4.0, 3.0, 2.0]"]
     assert sorted((tmp_path / "s.log").read_text().split()) == ["1", "2", "3", "4", "9"]
 
@@ -448,8 +461,8 @@ def test_readers_writers_and_eviction_at_once(tmp_path):
             assert [number_of(kv) for kv in got] == some
             store.remove(KEYS[some[0]])
     """
-    three = [subprocess.Popen(_python(code, tmp_path / "s", i), env=_environment()) for i in range(3)]
-    assert [process.wait(60) for process in three] == [0, 0, 0]
+    with processes(code, *((tmp_path / "s", i) for i in range(3))) as three:
+        assert [process.wait(60) for process in three] == [0, 0, 0]
     store = VocoStore(tmp_path / "s")
     assert store.verify() == [] and not (store.path / "damaged").exists()
     assert not list(store.path.rglob("*.partial")) and not list((store.path / "locks").iterdir())
@@ -464,8 +477,8 @@ def test_two_writers_of_one_key(tmp_path):
             store.put(KEYS[0], numbered(int(sys.argv[2])))
             assert number_of(store.get(KEYS[0])) in (1, 2)
     """
-    both = [subprocess.Popen(_python(code, tmp_path / "s", i), env=_environment()) for i in (1, 2)]
-    assert [process.wait(60) for process in both] == [0, 0]
+    with processes(code, *((tmp_path / "s", i) for i in (1, 2))) as both:
+        assert [process.wait(60) for process in both] == [0, 0]
     store = VocoStore(tmp_path / "s")
     assert number_of(store.get(KEYS[0])) in (1, 2) and store.verify() == []
 
@@ -602,9 +615,33 @@ def test_a_process_that_is_out_of_files_does_not_call_entries_damaged(store, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(kv_file, "load", exhausted)
-        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-            fresh.get(KEYS[0])
+        for use in (lambda: fresh.get(KEYS[0]), fresh.verify):
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                use()
     assert number_of(fresh.get(KEYS[0])) == 1
+
+
+def test_at_no_number_of_open_files_is_an_entry_damaged(tmp_path):
+    """It is opened several times, by torch too, and each time may be the one too many."""
+    code = """
+        import resource, sys
+        from test_store import *
+        warnings.simplefilter("error")
+        VocoStore(sys.argv[1]).put(KEYS[0], numbered(1))
+        stores, taken = [VocoStore(sys.argv[1]) for _ in range(5)], []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for store in stores:
+            try:
+                print(number_of(store.get(KEYS[0])))
+            except OSError as error:
+                print(error.errno)
+            os.close(taken.pop())
+    """
+    said = run_python(code, tmp_path / "s").split()
+    assert said[0] == str(errno.EMFILE) and said[-1] == "1.0" and set(said) == {said[0], said[-1]}
 
 
 # ---- links, sizes, leftovers -------------------------------------------------------------------------------------------

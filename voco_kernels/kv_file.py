@@ -3,6 +3,7 @@
 safetensors checks that a file is whole, not that its bytes are the ones that were written; the checksum does.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ TENSORS = ("k", "v", "k_scale", "v_scale")
 # Bytes of the JSON before the tensors: some for each segment, and there may be as many as a long video has frames.
 MAX_HEADER = 1 << 24
 PARTIAL = ".partial"
+# Errors of a process that asks for too much; they say nothing about the file that it wanted.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def save(kv: VocoKV, path: str | Path) -> None:
@@ -47,7 +50,7 @@ def load(path: str | Path) -> VocoKV:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or the process is out of files or memory.
         ValueError: the file is truncated, has flipped bytes, was not written by `save`, or by a later version of it.
     """
     path = Path(path)
@@ -81,6 +84,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except FileNotFoundError:  # removed meanwhile
         raise
     except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError) as error:
+        # torch and safetensors have words, not numbers, for what the system said.
+        for number in EXHAUSTED:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
         raise ValueError(f"{path} is not a whole K/V cache file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is not a K/V cache file: its format is {header.get('format')!r}, not {FORMAT!r}")

@@ -9,7 +9,6 @@ Entries never change: they appear as a whole and disappear as a whole, so reader
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -41,8 +40,6 @@ KEY = re.compile(r"[0-9a-f]{64}")
 STALE = 3600
 # Entries made under locks at once; each holds a file open, and a process may have 1024 open or fewer.
 LOCKS = 256
-# Errors of a process that asks for too much; they say nothing about the file that it wanted.
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Other processes write too; the folder is counted again after so many parts of `max_bytes` have been written.
 PARTS = 64
 
@@ -305,8 +302,6 @@ class VocoStore:
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in EXHAUSTED:
-                raise
             self._move_aside(key, path, error)
             return None
         self._remember(key, kv)
@@ -329,6 +324,8 @@ class VocoStore:
         return kv
 
     def _move_aside(self, key: str, path: Path, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in kv_file.EXHAUSTED:
+            raise error
         self._counts["damaged"] += 1
         self._forget(key)
         try:
