@@ -170,7 +170,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("DEVICE_TYPE") = "cuda";
 #endif
   // Local, so that a second build of this module, for another device, can be loaded beside it.
-  py::class_<KvMover>(m, "KvMover", py::module_local(), "Injection or extraction for one group of layers whose caches have the same strides.")
+  py::class_<KvMover>(m, "KvMover", py::module_local(),
+                      "Injection or extraction for one group of layers whose caches have the same strides.")
       .def(py::init<bool, int, int, const std::vector<Address>&, const std::vector<Address>&, int, const Strides&,
                     const Strides&, int64_t, int64_t, Address, bool, Address, bool, Address, float, int, int, int>(),
            py::kw_only(), py::arg("inject"), py::arg("device"), py::arg("first_layer"), py::arg("k_caches"),

@@ -52,6 +52,8 @@ bool is_aligned(const KvMove& move, Dtype rows, Dtype caches) {
   return true;
 }
 
+static_assert(sizeof(KvMove) + 2 * sizeof(Dtype) <= 4096, "every GPU takes 4 KiB of parameters, and no more");
+
 using Kernel = void (*)(KvMove);
 
 template <typename Cache>
@@ -99,8 +101,8 @@ int move_kv(const KvMove& move, Direction direction, Dtype rows, Dtype caches, v
   const bool wide_enough = caches == Dtype::kFloat16 || caches == Dtype::kBFloat16 || caches == Dtype::kFloat32;
   if (!wide_enough || (direction == Direction::kExtract && rows != caches)) return kInvalidValue;
   if (move.layers < 0 || move.layers > kMaxLayers || move.tokens < 0) return kInvalidValue;
-  if (direction == Direction::kInject && move.inv_freq == nullptr) return kInvalidValue;
   if (move.tokens == 0 || move.layers == 0 || move.heads == 0 || move.half == 0) return 0;
+  if (direction == Direction::kInject && move.inv_freq == nullptr) return kInvalidValue;
   return is_aligned(move, rows, caches) ? launch_aligned(move, direction, rows, caches, stream)
                                         : launch_any(move, direction, rows, caches, stream);
 }

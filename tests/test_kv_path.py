@@ -156,7 +156,7 @@ def test_no_tokens(backend):
 
 def test_every_slot_skipped(backend):
     k_cache, v_cache = (torch.full((L, 4, H, D), SENTINEL) for _ in "kv")
-    inject_kv(random_kv(), k_cache, v_cache, torch.full((T,), -1), POSITIONS, INV_FREQ)
+    inject_kv(random_kv(), k_cache, v_cache, torch.full((T,), -1), POSITIONS, INV_FREQ, backend=backend)
     assert (k_cache == SENTINEL).all() and (v_cache == SENTINEL).all()
 
 
@@ -278,6 +278,67 @@ def test_layers_of_different_strides(fused):
     assert torch.equal(back.k, torch.stack(k_views)[:, [8, 0]]) and torch.equal(back.v, kv.v[:, [0, 3]])
 
 
+def strided(x: torch.Tensor, odd: int | str | None) -> torch.Tensor:
+    """A copy of x whose every stride is a multiple of 16 but that of dimension `odd`, or its address ("address")."""
+    strides, step = [0] * x.ndim, 1
+    for axis in reversed(range(x.ndim)):
+        strides[axis] = step + (axis == odd)
+        step = -(-strides[axis] * x.shape[axis] // 16) * 16
+    storage = torch.full((step + 16,), SENTINEL, dtype=torch.float32).to(x.dtype)
+    # torch aligns what it allocates to 64 bytes.
+    return storage.as_strided(x.shape, strides, int(odd == "address")).copy_(x)
+
+
+@pytest.mark.parametrize("odd", [None, 0, 1, 2, 3, "address"], ids=str)
+@pytest.mark.parametrize("which", ["k", "v", "k_cache", "v_cache"])
+def test_every_condition_of_wide_accesses(fused, which, odd):
+    """From aligned K/V and paged caches, exactly one stride or address is broken."""
+    kv = random_kv(torch.bfloat16, head_dim=32)
+    tensors = {"k": kv.k, "v": kv.v}
+    # Layers of their own, so that dimension 0 is the block.
+    empty = torch.full((3, 4, H, 32), SENTINEL, dtype=torch.bfloat16)
+    caches = {name: [strided(empty, odd if which == name else None) for _ in range(L)] for name in ("k_cache", "v_cache")}
+    part = VocoKV(*(strided(tensors[name], odd if which == name else None) for name in ("k", "v")))
+    slots, inv_freq = torch.tensor([7, 0, -1, 11, 4]), INV_FREQ.repeat(2)
+    inject_kv(part, caches["k_cache"], caches["v_cache"], slots, POSITIONS, inv_freq, backend=fused)
+    stacked = [torch.stack(caches[name]).flatten(1, 2) for name in ("k_cache", "v_cache")]
+    assert_injected("k_cache", kv, *stacked, slots, POSITIONS, inv_freq)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_one_layer_that_is_not_aligned(fused, name):
+    kv = random_kv(torch.bfloat16, head_dim=32)
+    empty = torch.full((12, H, 32), SENTINEL, dtype=torch.bfloat16)
+    odd = {n: ["address" if n == name and i == L - 1 else None for i in range(L)] for n in ("k_cache", "v_cache")}
+    sides = {n: [strided(empty, each) for each in odd[n]] for n in odd}
+    slots, inv_freq = torch.tensor([7, 0, -1, 11, 4]), INV_FREQ.repeat(2)
+    inject_kv(kv, *sides.values(), slots, POSITIONS, inv_freq, backend=fused)
+    assert_injected("k_cache", kv, *map(torch.stack, sides.values()), slots, POSITIONS, inv_freq)
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("groups", [False, True], ids=["one stack", "unlike layers"])
+def test_keys_and_values_laid_out_differently(fused, groups, head_dim):
+    """K and V, their scales, caches and kinds of index share no stride; a plan sees other strides the second time."""
+    inv_freq = 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    slots = torch.tensor([7, 0, -1, 11, 4], dtype=torch.int32)
+    storage = torch.full((L, 12, 2 * H, head_dim), SENTINEL, dtype=torch.bfloat16)
+    k_cache, v_cache = storage[:, :, ::2], torch.full((L, 12, H, head_dim), SENTINEL, dtype=torch.bfloat16)
+    if groups:
+        wide = torch.full((12, 3 * H, head_dim), SENTINEL, dtype=torch.bfloat16)
+        k_cache = [k_cache[0], wide[:, ::3], k_cache[2]]
+        v_cache = [v_cache[0], v_cache[1], torch.full((24, H, head_dim), SENTINEL, dtype=torch.bfloat16)[::2]]
+    plan = InjectionPlan(k_cache, v_cache, slots, POSITIONS, inv_freq, backend=fused)
+    for order in ((0, 2), (1, 2)):
+        kv = quantised_kv(torch.int8, head_dim=head_dim)
+        v, v_scale = (x.transpose(*order).contiguous().transpose(*order) for x in (kv.v, kv.v_scale))
+        mixed = VocoKV(kv.k, v, kv.k_scale, v_scale)
+        plan.inject(mixed)
+        sides = [x if isinstance(x, torch.Tensor) else torch.stack(x) for x in (k_cache, v_cache)]
+        assert_injected("k_cache", kv, *sides, slots.long(), POSITIONS, inv_freq)
+    assert (storage[:, :, 1::2] == SENTINEL).all()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_addresses_that_are_not_aligned(fused, offset):
     kv = random_kv(torch.bfloat16)
@@ -298,27 +359,30 @@ def test_more_layers_than_a_launch_takes(fused):
     assert_injected("k_cache", kv, torch.stack(k_cache), torch.stack(v_cache), slots, positions, INV_FREQ)
 
 
-@pytest.mark.parametrize(("layers", "heads", "tokens"), [(3, 2, 60000), (5, 7, 9000)])
-def test_more_tokens_than_threads(emulated_cuda, layers, heads, tokens):
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "head_dim"), [(3, 2, 60000, D), (5, 7, 9000, D), (2, 3, 5000, 256)]
+)
+def test_more_tokens_than_threads(emulated_cuda, layers, heads, tokens, head_dim):
     """So many that a thread moves several rows: fewer shares of a token than it has rows."""
-    kv = random_kv(torch.float16, layers=layers, tokens=tokens, heads=heads)
-    k_cache, v_cache = (torch.full((layers, tokens, heads, D), SENTINEL, dtype=torch.float16) for _ in "kv")
+    kv = random_kv(torch.float16, layers=layers, tokens=tokens, heads=heads, head_dim=head_dim)
+    shape, inv_freq = (layers, tokens, heads, head_dim), 10000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    k_cache, v_cache = (torch.full(shape, SENTINEL, dtype=torch.float16) for _ in "kv")
     slots, positions = torch.randperm(tokens), torch.arange(tokens)
-    inject_kv(kv, k_cache, v_cache, slots, positions, INV_FREQ, backend="cuda")
+    inject_kv(kv, k_cache, v_cache, slots, positions, inv_freq, backend="cuda")
     back = extract_kv(k_cache, v_cache, slots, backend="cuda")
-    assert_injected("k_cache", kv, k_cache, v_cache, slots, positions, INV_FREQ)
+    assert_injected("k_cache", kv, k_cache, v_cache, slots, positions, inv_freq)
     assert torch.equal(back.k, k_cache[:, slots]) and torch.equal(back.v, kv.v)
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_slots_out_of_range_write_nothing(fused, paged):
+def test_slots_out_of_range_write_nothing(backend, paged):
     """What a graph replays is not checked: a plan's slots are changed to such that lie outside."""
     kv = random_kv(torch.float16)
     storage = torch.full((2, L, 20, H, D), SENTINEL, dtype=torch.float16)
     k_cache, v_cache = storage[:, :, 4:16]
     caches = [x.unflatten(1, (3, 4)) if paged else x for x in (k_cache, v_cache)]
     slots = torch.arange(T)
-    plan = InjectionPlan(*caches, slots, POSITIONS, INV_FREQ, backend=fused)
+    plan = InjectionPlan(*caches, slots, POSITIONS, INV_FREQ, backend=backend)
     slots.copy_(torch.tensor([12, -2, 2**40, -(2**40), 11]))
     plan.inject(kv)
     assert_injected("k_cache", kv, k_cache, v_cache, slots, POSITIONS, INV_FREQ)
@@ -428,6 +492,10 @@ def test_bad_plans(backend):
     ):
         with rejects(argument):
             ExtractionPlan(keys, keys, index, backend=backend, out=out)
+    with rejects("out"):
+        ExtractionPlan(keys, keys, index, backend=backend, out=(keys, keys))
+    with rejects("attention_scaling"):
+        extract_kv(keys, keys, index, attention_scaling=0.0, backend=backend)
 
 
 def test_float64_is_refused_by_kernels(fused):
@@ -508,11 +576,14 @@ CACHE = torch.full((L, 12, H, D), SENTINEL)
 BAD_INJECT = {
     "kv is a tensor": ({"kv": random_kv().k}, "kv"),
     "kv on another device": ({"kv": random_kv().to("meta")}, "kv"),
-    "cache of other layers": ({"k_cache": CACHE[1:], "v_cache": CACHE[1:]}, "k_cache"),
-    "cache of other heads": ({"k_cache": CACHE[:, :, :1], "v_cache": CACHE[:, :, :1]}, "k_cache"),
-    "cache of another head_dim": ({"k_cache": CACHE[..., :8], "v_cache": CACHE[..., :8]}, "k_cache"),
+    "cache of other layers": ({"k_cache": CACHE[1:], "v_cache": CACHE[1:].clone()}, "k_cache"),
+    "cache of other heads": ({"k_cache": CACHE[:, :, :1], "v_cache": CACHE[:, :, :1].clone()}, "k_cache"),
+    "cache of another head_dim": ({"k_cache": CACHE[..., :8], "v_cache": CACHE[..., :8].clone()}, "k_cache"),
     "k_cache is 3-D": ({"k_cache": CACHE[0]}, "k_cache"),
     "k_cache of 2-D layers": ({"k_cache": list(CACHE[:, :, 0])}, "k_cache"),
+    "k_cache is None": ({"k_cache": None}, "k_cache"),
+    "k_cache for both": ({"k_cache": CACHE, "v_cache": CACHE}, "v_cache"),
+    "one layer for all": ({"k_cache": [CACHE[0]] * L}, "v_cache"),
     "quantised k_cache": ({"k_cache": CACHE.char()}, "k_cache"),
     "v_cache of another shape": ({"v_cache": CACHE[:, 1:]}, "v_cache"),
     "v_cache of another dtype": ({"v_cache": CACHE.half()}, "v_cache"),
@@ -534,6 +605,7 @@ BAD_INJECT = {
     "inv_freq is short": ({"inv_freq": INV_FREQ[1:]}, "inv_freq"),
     "inv_freq is None": ({"inv_freq": None}, "inv_freq"),
     "attention_scaling is negative": ({"attention_scaling": -1.0}, "attention_scaling"),
+    "attention_scaling is a word": ({"attention_scaling": "x"}, "attention_scaling"),
     "attention_scaling is NaN": ({"attention_scaling": float("nan")}, "attention_scaling"),
     "unknown backend": ({"backend": "fast"}, "backend"),
 }
@@ -548,7 +620,7 @@ def test_bad_inject_writes_nothing(name):
     with rejects(argument):
         inject_kv(**arguments)
     for name in ("k_cache", "v_cache"):
-        for layer in arguments[name]:
+        for layer in () if arguments[name] is None else arguments[name]:
             assert layer.device.type == "meta" or (layer == torch.tensor(SENTINEL).to(layer.dtype)).all()
 
 

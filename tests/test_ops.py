@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_backend import emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_attention
@@ -86,17 +88,26 @@ def test_opcheck_attention_backward(backend):
     torch.library.opcheck(torch.ops.voco.attention_backward.default, (torch.randn_like(q), q, k, v, *results, *rest))
 
 
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def kv_backend(request):
+    """Each backend of the K/V path, on CPU tensors."""
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("kernels are interpreted only where there is no GPU")
+    with emulated() if request.param == "cuda" else nullcontext():
+        yield request.param
+
+
 @pytest.mark.parametrize("rotate", [False, True])
-def test_opcheck_extract_kv(rotate):
+def test_opcheck_extract_kv(kv_backend, rotate):
     keys, values = ([torch.randn(9, 2, 8) for _ in range(3)] for _ in "kv")
     index = torch.tensor([4, 0, 8])
     rotation = (torch.tensor([-7, 3, 900]), torch.rand(4), 1.2) if rotate else (None, None, 1.0)
-    torch.library.opcheck(torch.ops.voco.extract_kv.default, (keys, values, index, *rotation, "torch"))
+    torch.library.opcheck(torch.ops.voco.extract_kv.default, (keys, values, index, *rotation, kv_backend))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
-def test_opcheck_inject_kv(quantised, requires_grad):
+def test_opcheck_inject_kv(kv_backend, quantised, requires_grad):
     k, v = (torch.randn(2, 3, 2, 8) for _ in "kv")
     scales = (None, None)
     if quantised:
@@ -106,7 +117,7 @@ def test_opcheck_inject_kv(quantised, requires_grad):
         k, v = k.requires_grad_(), v.requires_grad_()
     k_caches, v_caches = ([torch.zeros(4, 2, 2, 8) for _ in range(2)] for _ in "kv")
     slots, positions = torch.tensor([7, -1, 0]), torch.tensor([5, 6, -7])
-    arguments = (k, v, *scales, k_caches, v_caches, slots, positions, torch.rand(4), 1.5, "torch")
+    arguments = (k, v, *scales, k_caches, v_caches, slots, positions, torch.rand(4), 1.5, kv_backend)
     torch.library.opcheck(torch.ops.voco.inject_kv.default, arguments)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
@@ -82,7 +83,10 @@ def inject_kv(
         positions (int64 [T]): RoPE positions, -2^20 to 2^20.
         inv_freq (float [D/2]), attention_scaling: of the model's rotary embedding.
         backend: as in `extract_kv`.
-        check: check the values of `slots` and `positions` on a device too (synchronises).
+        check: check the values of `slots` and `positions` on a device too (synchronises). Unchecked, and inside a graph that
+            is traced, a slot outside the caches is skipped, and of a slot that is named twice nobody knows what it holds.
+
+    autograd is not told that the caches change.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a backend that cannot serve them; nothing is
@@ -123,6 +127,8 @@ class ExtractionPlan:
             _check_contiguous(name, x)
         if out is None:
             out = VocoKV(*ops.extracted_like(keys, values, index))
+        elif not isinstance(out, VocoKV):
+            reject("out", "a VocoKV", type(out).__name__)
         shape = (len(keys), index.shape[0], *keys[0].shape[1:])
         for name, x in (("out.k", out.k), ("out.v", out.v)):
             if (tuple(x.shape), x.dtype, x.device) != (shape, keys[0].dtype, keys[0].device):
@@ -146,10 +152,12 @@ class InjectionPlan:
 
     `inject(kv)` neither allocates nor waits (backends "triton" and "cuda"), so a CUDA graph can hold it. It reads slots and
     positions as they are then, so they may be changed in place between calls. A slot outside the caches is skipped.
+    Make the plan on the stream that uses it, and of separate layers before a capture begins.
 
     Args:
         k_cache, v_cache, slots, positions, inv_freq, attention_scaling, backend: as in `inject_kv`. slots and positions must
-            be contiguous; their values are checked now, on a device too (synchronises).
+            be contiguous; their values are checked now, on a device too (synchronises). "auto" chooses for K/V of the dtype
+            of the caches or quantised; float64 needs "torch".
 
     Raises:
         ValueError: as `inject_kv`.
@@ -196,8 +204,9 @@ def _checked_extraction(keys, values, index, positions, inv_freq, attention_scal
     _check_range("index", index, 0, n - 1, check)
     if (positions is None) != (inv_freq is None):
         reject("inv_freq", "given exactly where positions are", "None" if inv_freq is None else "given")
+    _check_scaling(attention_scaling)
     if positions is not None:
-        _check_rotation(positions, inv_freq, attention_scaling, index.shape[0], head_dim, keys[0], check)
+        _check_rotation(positions, inv_freq, index.shape[0], head_dim, keys[0], check)
     return keys, values
 
 
@@ -208,6 +217,10 @@ def _checked_caches(k_cache, v_cache) -> tuple[list[torch.Tensor], list[torch.Te
         for x in caches:
             if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
                 reject(name, "memory of its own for every element", f"expanded (strides {list(x.stride())})")
+    if not torch.compiler.is_compiling():
+        addresses = [x.data_ptr() for x in (*k_caches, *v_caches) if x.numel() and x.device.type != "meta"]
+        if len(set(addresses)) < len(addresses):
+            reject("v_cache", "of other memory than k_cache, and every layer of its own", "one tensor given twice")
     return k_caches, v_caches
 
 
@@ -231,7 +244,8 @@ def _check_targets(k_caches, tokens: int, slots, positions, inv_freq, attention_
         used, counts = slots[slots >= 0].unique(return_counts=True)
         if bool((counts > 1).any()):
             reject("slots", "different from each other (or -1)", f"{int(used[counts > 1][0])} more than once")
-    _check_rotation(positions, inv_freq, attention_scaling, tokens, k_caches[0].shape[-1], k_caches[0], check)
+    _check_scaling(attention_scaling)
+    _check_rotation(positions, inv_freq, tokens, k_caches[0].shape[-1], k_caches[0], check)
 
 
 def _check_contiguous(name: str, x: torch.Tensor | None) -> None:
@@ -246,6 +260,8 @@ def _layers(name: str, tensors: torch.Tensor | Sequence[torch.Tensor], ndims: tu
             must = " or ".join(f"[L, {'blocks, block' if n == 4 else 'N'}, Hkv, D]" for n in ndims)
             reject(name, f"of shape {must}, or a list of layers", f"of shape {list(tensors.shape)}")
         tensors = tensors.unbind(0)
+    elif not isinstance(tensors, Sequence):
+        reject(name, "a tensor or a list of layers", type(tensors).__name__)
     layers = [require_tensor(f"{name}[{i}]", x) for i, x in enumerate(tensors)]
     if not layers:
         reject(name, "at least one layer", "empty")
@@ -284,7 +300,12 @@ def _check_range(name: str, x: torch.Tensor, low: int, high: int, check: bool) -
             reject(name, f"between {low} and {high}", least if least < low else most)
 
 
-def _check_rotation(positions, inv_freq, attention_scaling, tokens: int, head_dim: int, like, check: bool) -> None:
+def _check_scaling(attention_scaling) -> None:
+    if not isinstance(attention_scaling, Real) or not 0 < attention_scaling < math.inf:
+        reject("attention_scaling", "finite and above 0", attention_scaling)
+
+
+def _check_rotation(positions, inv_freq, tokens: int, head_dim: int, like, check: bool) -> None:
     require_integers("positions", positions, shape=(tokens,))
     _check_device("positions", positions, like)
     _check_range("positions", positions, -MAX_POSITION, MAX_POSITION, check)
@@ -294,5 +315,3 @@ def _check_rotation(positions, inv_freq, attention_scaling, tokens: int, head_di
     _check_device("inv_freq", inv_freq, like)
     if head_dim % 2:
         reject("head_dim", "even for RoPE", head_dim)
-    if not 0 < attention_scaling < math.inf:
-        reject("attention_scaling", "finite and above 0", attention_scaling)

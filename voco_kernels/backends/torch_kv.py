@@ -29,12 +29,15 @@ def extraction(keys, values, index, positions, inv_freq, attention_scaling, out_
 
 
 def injection(k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
-    """run(k, v, k_scale, v_scale): keys rotated to their positions, both written into the slots; slot -1 is skipped."""
+    """run(k, v, k_scale, v_scale): keys rotated to their positions, both written into the slots that there are."""
+
+    num_slots = k_caches[0].shape[:-2].numel()
 
     @torch.no_grad()
     def run(k, v, k_scale, v_scale) -> None:
         cos, sin = (x * attention_scaling for x in _angles(positions, inv_freq))
-        written, to = slots >= 0, slots
+        # Those that a plan's owner changed to lie outside are skipped like -1, as by the kernels.
+        written, to = (slots >= 0) & (slots < num_slots), slots
         if not bool(written.all()):
             k, v, to, cos, sin = k[:, written], v[:, written], slots[written], cos[written], sin[written]
             k_scale, v_scale = (s if s is None else s[:, written] for s in (k_scale, v_scale))

@@ -1,5 +1,5 @@
-// The kernels of the K/V path. Everything is bound by memory: each thread owns the same eight columns of both halves of a row
-// of keys and of values, so that a rotation stays within a thread, and keeps their sines and cosines over all rows of its token.
+// The kernels of the K/V path. Everything is bound by memory: each thread owns the same eight columns of both halves of
+// a row of keys and of values, so that a rotation stays within a thread, and keeps sines and cosines for its token's rows.
 #pragma once
 
 #include "voco/kv_cache.h"

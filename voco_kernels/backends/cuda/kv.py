@@ -4,6 +4,8 @@ Addresses and strides are handed over once; a call then costs reading a few poin
 copied to the device or waited for, so CUDA graphs can hold it.
 """
 
+from functools import cache
+
 import torch
 
 from ...layers import cache_strides, equal_runs
@@ -34,11 +36,16 @@ def unsupported_reason(kv_dtype: torch.dtype, cache: torch.Tensor) -> str | None
     module = load()
     if cache.device.type != module.DEVICE_TYPE or torch.version.hip is not None:
         return f"it needs tensors on an NVIDIA GPU, not on {cache.device}"
-    if cache.is_cuda:
-        capability, archs = torch.cuda.get_device_capability(cache.device), module.compiled_archs()
-        if not serves(archs, capability):
-            return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
-    return None
+    return _unserved(cache.device) if cache.is_cuda else None
+
+
+@cache
+def _unserved(device: torch.device) -> str | None:
+    """Why the compiled code does not run on a GPU; None where it does."""
+    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
+    if serves(archs, capability):
+        return None
+    return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
 
 
 def injection(k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
