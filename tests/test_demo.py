@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from voco_llama.demo import MODEL, UNCOMPRESSED
+from voco_llama.demo import CLIPS, MODEL, UNCOMPRESSED
 from voco_llama.demo.digits import KINDS, DigitsTask, load_digits, question_prior
 from voco_llama.demo.evaluate import answers, heldout, load, score
 
@@ -70,7 +70,7 @@ def test_bounds_of_the_uncompressed_checkpoint(samples):
 
 
 def test_package_is_small():
-    size = sum(f.stat().st_size for folder in (MODEL, UNCOMPRESSED) for f in Path(folder).iterdir())
+    size = sum(f.stat().st_size for folder in (MODEL, UNCOMPRESSED, CLIPS) for f in Path(folder).iterdir())
     assert size <= 8 * 2**20
 
 

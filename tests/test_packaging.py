@@ -156,7 +156,7 @@ def source_files() -> set[str]:
     files = set()
     for base, package in ((ROOT, "voco_kernels"), (ROOT / "python", "voco_llama")):
         for path in (base / package).rglob("*"):
-            if path.suffix in (".py", ".json", ".safetensors", ".png", ".txt", ".npz"):
+            if path.suffix in (".py", ".json", ".safetensors", ".png", ".txt", ".npz", ".jinja"):
                 files.add(str(path.relative_to(base)))
     return files
 

@@ -70,8 +70,17 @@ def test_accuracies_are_the_recorded_ones():
             assert line and all(figure in line for figure in figures), name
 
 
+def test_accuracies_of_clips_are_the_recorded_ones():
+    clips = json.loads((MODEL.parent / "results.json").read_text())["clips"]
+    names = {"voco 1": "1 VoCo token a frame", "voco 2": "2 VoCo tokens a frame", "mp4": "the same, from mp4 files"}
+    for name, row in clips["rows"].items():
+        line = next(line for line in README.splitlines() if line.startswith(f"| {names.get(name, name)} |"))
+        assert line.split("|")[2:-1] == [f" {100 * cell['accuracy']:.1f} " for cell in row.values()], name
+    assert f"{100 * clips['images']['voco 2']['all']['accuracy']:.1f} % with 2 VoCo tokens" in README
+
+
 def test_it_stays_short():
-    assert len(README.splitlines()) <= 130
+    assert len(README.splitlines()) <= 135
 
 
 def test_tile_efficiencies_are_the_counted_ones():

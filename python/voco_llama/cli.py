@@ -28,7 +28,7 @@ app.add_typer(cache_cli.app, name="cache")
 messages = Console(stderr=True)
 output = Console()
 
-ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint folder; the packaged demo model if absent.")]
+ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint folder; a packaged demo model if absent.")]
 VocoOption = Annotated[int | None, typer.Option("--voco", help="VoCo tokens per image; the model's default if absent.")]
 FpsOption = Annotated[float | None, typer.Option("--fps", help="Frames per second to take of videos; 1 if absent.")]
 FramesOption = Annotated[int | None, typer.Option("--frames", help="Frames to take of each video, instead of --fps.")]
@@ -67,7 +67,7 @@ def compress(
             raise ValueError(f"sources must have different names, but two would be written to {target}")
     opened = _open(sources, fps, frames, caches=False)
     rows = []
-    for path, kv, target in zip(sources, _compressed(_load(model), opened, voco, store), targets, strict=True):
+    for path, kv, target in zip(sources, _compressed(_load(model, opened), opened, voco, store), targets, strict=True):
         kv.save(target)
         counts = {"frames": len(kv.segments), "voco": kv.num_tokens, "bytes": kv.nbytes}
         rows.append({"source": str(path), "cache": str(target), **counts})
@@ -97,7 +97,7 @@ def ask(
     opened = _open(sources, fps, frames, caches=True)
     if uncompressed and (voco is not None or store is not None or not all(map(_is_image, opened))):
         raise ValueError("--uncompressed must be used with image files alone, without caches, videos, --voco and --store")
-    llava = _load(model)
+    llava = _load(model, opened)
     if uncompressed:
         answer = llava.ask(question, images=opened, num_voco_tokens=0, max_new_tokens=max_tokens)
     else:
@@ -162,18 +162,38 @@ def info(as_json: JsonOption = False) -> None:
     output.print(table)
 
 
-def _load(folder: Path | None):
-    """The model of a checkpoint folder, ready to answer."""
+def _load(folder: Path | None, opened: list):
+    """The model of a checkpoint folder; without one, the packaged model that made the caches, or that knows clips."""
     from transformers.utils import logging
 
-    from . import VocoLlavaForConditionalGeneration
-    from .demo import MODEL
+    from voco_kernels import VocoKV
 
-    folder = folder or MODEL
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model must be a checkpoint folder with a config.json, but was {folder}")
+    from . import VocoLlavaForConditionalGeneration
+    from .demo import CLIPS, MODEL
+
     logging.disable_progress_bar()
-    return VocoLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").float().eval()
+
+    def load(path: Path):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model must be a checkpoint folder with a config.json, but was {path}")
+        return VocoLlavaForConditionalGeneration.from_pretrained(path, dtype="auto").float().eval()
+
+    if folder is not None:
+        return load(folder)
+    makers = {x.meta.get("model") for x in opened if isinstance(x, VocoKV)} - {None}
+    first, second = (MODEL, CLIPS) if all(map(_is_single, opened)) else (CLIPS, MODEL)
+    model = load(first)
+    if makers and makers != {model.fingerprint()}:
+        other = load(second)
+        model = other if makers == {other.fingerprint()} else model
+    return model
+
+
+def _is_single(opened) -> bool:
+    """Whether it is an image, or the cache of one, rather than a video."""
+    from voco_kernels import VocoKV
+
+    return len(opened.segments or ()) < 2 if isinstance(opened, VocoKV) else _is_image(opened)
 
 
 def _open(sources: list[Path], fps: float | None, frames: int | None, *, caches: bool) -> list:

@@ -10,7 +10,8 @@ from transformers import (
 
 from voco_llama import VocoLlavaConfig, VocoProcessor
 
-from .digits import CELL, vocabulary
+from . import clips, digits
+from .digits import CELL
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<voco>")
 PATCH = 4  # pixels of one vision token, each way
@@ -32,7 +33,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Dropping punctuation lets "Which digit is in row 2, column 1?" read as it was trained. Line breaks go the
     same way, so a prompt has the same ids whether or not a template puts one beside the VoCo tokens.
     """
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *vocabulary()])}
+    # The words about clips come last: a model that was trained before there were any keeps its ids.
+    words = [*SPECIAL_TOKENS, *digits.vocabulary(), *clips.vocabulary()]
+    vocab = {token: i for i, token in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " ")]
@@ -104,6 +107,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast, image_size: int = 2 * CELL)
         num_voco_tokens=DEFAULT_VOCO,
         max_voco_tokens=MAX_VOCO,
         image_start_id=tokenizer.bos_token_id,
+        # The frames of a clip then take positions for their VoCo tokens alone.
+        positions="compact",
     )
 
 

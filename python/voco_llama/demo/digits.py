@@ -18,7 +18,7 @@ from PIL import Image
 CELL = 16  # pixels of one grid cell, each way
 KINDS = ("position", "count", "largest", "smallest", "presence", "neighbour")
 
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _PLURALS = ("zeros", "ones", "twos", "threes", "fours", "fives", "sixes", "sevens", "eights", "nines")
 _SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _VERTICAL, _HORIZONTAL = ("top", "middle", "bottom"), ("left", "middle", "right")
@@ -104,6 +104,25 @@ def question_prior(kind: str, rows: int = 2, columns: int = 2) -> float:
     return 1 / choices.get(kind, 10)
 
 
+def draw_scan(
+    scan: np.ndarray, side: int, centre: Sequence[float], scale: float, angle: float, gain: float
+) -> Image.Image:
+    """One scan, uint8 ``[8, 8]``, as a grey image of ``side`` x ``side`` pixels.
+
+    Args:
+        centre: the pixel (x, y) that the middle of the scan comes to.
+        scale: pixels of the scan per pixel of the image.
+        angle: by which it is turned, in radians.
+        gain: what one step of the scan's values adds to a pixel.
+    """
+    image = Image.fromarray((scan * gain).astype(np.uint8))
+    # The affine map from a pixel of the image to the scan: both centres coincide.
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    x, y = centre
+    matrix = (cos, -sin, 4 - cos * x + sin * y, sin, cos, 4 - sin * x - cos * y)
+    return image.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
 def vocabulary() -> list[str]:
     """All words that questions and answers can contain, sorted; numerals appear as single digits."""
     words = {
@@ -120,7 +139,7 @@ def vocabulary() -> list[str]:
         "corner",
         *map(str, range(10)),
     }
-    words.update(_WORDS, _PLURALS, _VERTICAL, _HORIZONTAL, *(side.split() for side in _SIDES))
+    words.update(WORDS, _PLURALS, _VERTICAL, _HORIZONTAL, *(side.split() for side in _SIDES))
     for wordings in _WORDINGS.values():
         words.update(word for text in wordings for word in text.split() if not word.startswith("{"))
     return sorted(words)
@@ -194,12 +213,8 @@ class DigitsTask:
                 rng.uniform(-1.3, 1.3, 2),
                 gain * rng.uniform(0.7, 1.0),
             )
-        image = Image.fromarray((scan * gain).astype(np.uint8))
-        # The affine map from a pixel of the cell to the scan: both centres coincide, up to the shift.
-        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-        x, y = CELL / 2 + shift[0], CELL / 2 + shift[1]
-        matrix = (cos, -sin, 4 - cos * x + sin * y, sin, cos, 4 - sin * x - cos * y)
-        return image.transform((CELL, CELL), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        centre = (CELL / 2 + shift[0], CELL / 2 + shift[1])
+        return draw_scan(scan, CELL, centre, scale, angle, gain)
 
     def _draw(self, kind: str, rng: np.random.Generator):
         """Digits by cell, and the argument of the question, such that the answers of ``kind`` are uniform."""
@@ -272,7 +287,7 @@ class DigitsTask:
         elif argument is not None:
             digit, fields["side"] = argument if kind == "neighbour" else (argument, None)
             numeral = rng.random() < 0.3
-            fields["digit"] = str(digit) if numeral else _WORDS[digit]
+            fields["digit"] = str(digit) if numeral else WORDS[digit]
             fields["plural"] = f"{digit}s" if numeral else _PLURALS[digit]
             fields["a"] = "an" if digit == 8 else "a"
         wording = _WORDINGS[kind][rng.integers(len(_WORDINGS[kind]))]

@@ -1,32 +1,41 @@
 """Trains the demo model from nothing: `make train-demo`, on two CPU cores.
 
-Three phases, each with the Trainer: the vision tower learns to read single cells (the part that CLIP's pretraining plays in
-LLaVA); the whole model learns to answer without compression; then it learns to answer through VoCo tokens, with uncompressed
-documents mixed in so that one checkpoint serves both. The checkpoint of the second phase is kept for the lower bound.
+Six phases, each with the Trainer. For images the vision tower learns to read single cells (the part that CLIP's pretraining
+plays in LLaVA); the whole model learns to answer without compression; then it learns to answer through VoCo tokens, with
+uncompressed documents mixed in so that one checkpoint serves both. The checkpoint of the second phase is kept for the lower
+bound. For clips, with images mixed in, the tower learns to read digits anywhere in a frame; then the model learns to put
+frames in order, at first mostly with clips, at last mostly with images. That is a checkpoint of its own.
 """
 
 import argparse
 import json
+import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from voco_llama import VocoCollator, VocoLlavaForConditionalGeneration, VocoProcessor
 
-from . import MODEL, UNCOMPRESSED
+from . import CLIPS, MODEL, UNCOMPRESSED
 from .build import build_config, build_processor
-from .digits import DigitsTask, reading
+from .clips import LONGEST, ClipsTask, sequence
+from .digits import DigitsTask, Question, reading
 from .evaluate import evaluate_all, write_json
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the Trainer: `batch` documents of `turns` questions a step; VoCo counts are drawn per document."""
+    """One run of the Trainer: `batch` documents of `turns` questions a step; VoCo counts are drawn per document.
+
+    `clips` of the documents of a step are about clips; their counts are drawn from `clip_counts`. In the share `ramp` of the
+    steps clips grow from one second to all lengths: one must read a moving digit before one can order some.
+    """
 
     name: str
     steps: int
@@ -34,12 +43,23 @@ class Phase:
     batch: int = 32
     turns: int = 6
     counts: tuple[int, ...] = (0,)
+    clips: int = 0
+    clip_counts: tuple[int, ...] = ()
+    ramp: float = 0.0
 
 
 TOWER = Phase("tower", steps=500, learning_rate=2e-3, batch=64, turns=1)
 UNCOMPRESSED_PHASE = Phase("uncompressed", steps=1500, learning_rate=1.5e-3)
 # A quarter of the documents stays uncompressed; few VoCo tokens are the hardest to learn and get the most documents.
 VOCO_PHASE = Phase("voco", steps=2000, learning_rate=1.2e-3, counts=(0, 0, 1, 1, 2, 2, 4, 8))
+MOVING_TOWER = Phase("moving tower", steps=400, learning_rate=1e-3, batch=64, turns=1)
+VIDEO_PHASE = Phase(
+    "video", steps=1200, learning_rate=1e-3, counts=VOCO_PHASE.counts, clips=20, clip_counts=(1, 2, 2, 2), ramp=0.6
+)
+# What the other phase made the model forget about images comes back when there are more of them.
+MIXED_PHASE = replace(VIDEO_PHASE, name="mixed", steps=750, learning_rate=8e-4, clips=10, ramp=0.0)
+# Where the phases leave their checkpoints; the phases about clips train that of "voco" further.
+CHECKPOINTS = {"uncompressed": UNCOMPRESSED.name, "voco": MODEL.name, "video": CLIPS.name, "mixed": CLIPS.name}
 
 
 class Documents(Dataset):
@@ -56,19 +76,34 @@ class Documents(Dataset):
         return self.phase.steps * self.phase.batch
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.task.sample((*self.seed, index), self.phase.turns)
+        seed, phase = (*self.seed, index), self.phase
         rng = np.random.default_rng((*self.seed, 1, index))
-        processor, count = self.processor, int(rng.choice(self.phase.counts))
-        tokenizer = processor.tokenizer
-        ids = [tokenizer.bos_token_id, *[processor.image_token_id] * processor.num_image_tokens]
-        ids += [processor.voco_token_id] * count
+        if index % phase.batch < phase.clips:
+            clip = ClipsTask("train", (1, self._longest(index)), augment=True).sample(seed, phase.turns)
+            # Half of them begin with the whole order: at the end, it could be put together from the answers before it.
+            questions = (sequence(clip.order), *clip.questions) if index % 2 else clip.questions
+            # Frames between whole seconds, too: the digits of a file need not appear at the moment of a frame.
+            return self._document(clip.frames(begin=rng.random()), int(rng.choice(phase.clip_counts)), questions)
+        sample = self.task.sample(seed, phase.turns)
+        return self._document([sample.image], int(rng.choice(phase.counts)), (*sample.questions, reading(sample.grid)))
+
+    def _longest(self, index: int) -> int:
+        """Seconds of a clip, at most."""
+        done = index / len(self)
+        return LONGEST if done >= self.phase.ramp else max(1, math.ceil(LONGEST * done / self.phase.ramp))
+
+    def _document(self, images: list, count: int, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Images of `count` VoCo tokens each and questions with their answers, which alone are learnt."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        image = [tokenizer.bos_token_id, *[processor.image_token_id] * processor.num_image_tokens]
+        ids = (image + [processor.voco_token_id] * count) * len(images)
         labels = [-100] * len(ids)
-        for question in (*sample.questions, reading(sample.grid)):
+        for question in questions:
             asked = self._encode(f"{question.text} answer:")
             answer = [*self._encode(question.answer), tokenizer.eos_token_id]
             ids += asked + answer
             labels += [-100] * len(asked) + answer
-        pixels = processor.image_processor([sample.image], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
 
     def _encode(self, text: str) -> list[int]:
@@ -90,6 +125,24 @@ class Cells(Documents):
         return {"pixel_values": pixels, "labels": torch.stack([x.flatten() for x in spread])}
 
 
+class Frames(Cells):
+    """Single frames of clips in turn with images: the digit of every vision token that shows some of it, and no cell."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index % 2:
+            return super().__getitem__(index)
+        clip = ClipsTask("train", (1, 1), augment=True).sample((*self.seed, index))
+        pixels = self.processor.image_processor(clip.frames(), return_tensors="pt")["pixel_values"][0]
+        side = int(self.processor.num_image_tokens**0.5)
+        brightness = torch.nn.functional.adaptive_avg_pool2d(pixels, side).mean(0).flatten()
+        digit = torch.full_like(brightness, -100, dtype=torch.int64)
+        digit[brightness > -0.8] = clip.order[0]
+        return {"pixel_values": pixels, "labels": torch.stack([digit, torch.full_like(digit, -100)])}
+
+
+TOWER_DATA = {TOWER.name: Cells, MOVING_TOWER.name: Frames}
+
+
 class CellReader(torch.nn.Module):
     """A linear head on the vision tower that tells digit and cell of every vision token; thrown away afterwards."""
 
@@ -104,6 +157,13 @@ class CellReader(torch.nn.Module):
         digit, cell = self.head(hidden).split([10, self.head.out_features - 10], dim=-1)
         loss = torch.nn.functional.cross_entropy(digit.flatten(0, 1), labels[:, 0].flatten())
         return {"loss": loss + torch.nn.functional.cross_entropy(cell.flatten(0, 1), labels[:, 1].flatten())}
+
+
+class InOrder(Trainer):
+    """Takes documents as they are numbered; they are random as it is."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
 
 
 class Printer(TrainerCallback):
@@ -146,48 +206,56 @@ def fit(
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
-    trainer = Trainer(
+    trainer = InOrder(
         model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[Printer(phase)]
     )
     trainer.train()
     return [(entry["step"], round(float(entry["loss"]), 4)) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train(out: Path, seed: int, scale: float, questions: int, resume: bool) -> None:
-    """Train both checkpoints into `out`, evaluate them, and write `training_log.json` and `results.json` beside them."""
+def train(out: Path, seed: int, scale: float, questions: int, after: str | None) -> None:
+    """Train the checkpoints into `out`, evaluate them, and write `training_log.json` and `results.json` beside them.
+
+    Args:
+        after: the phase ("uncompressed" or "voco") whose checkpoint in `out` is trained on; None begins with nothing.
+    """
     set_seed(seed)
-    tower, uncompressed, voco = (
-        Phase(**{**asdict(phase), "steps": max(2, round(phase.steps * scale))})
-        for phase in (TOWER, UNCOMPRESSED_PHASE, VOCO_PHASE)
-    )
+    phases = {
+        phase.name: replace(phase, steps=max(2, round(phase.steps * scale)))
+        for phase in (TOWER, UNCOMPRESSED_PHASE, VOCO_PHASE, MOVING_TOWER, VIDEO_PHASE, MIXED_PHASE)
+    }
+    names = list(phases)
+    done = names[: names.index(after) + 1] if after else []
     processor = build_processor()
+    config = build_config(processor.tokenizer)
     log_file = out / "training_log.json"
-    if resume:
-        model = VocoLlavaForConditionalGeneration.from_pretrained(out / UNCOMPRESSED.name, dtype=torch.float32)
+    if after:
+        folder = out / CHECKPOINTS[after]
+        model = VocoLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        # A checkpoint from before there were clips knows fewer words, and no compact positions.
+        model.resize_token_embeddings(len(processor.tokenizer))
+        model.config.positions = config.positions
         log = json.loads(log_file.read_text())
-        log["phases"] = [entry for entry in log["phases"] if entry["name"] != voco.name]
+        log["phases"] = [entry for entry in log["phases"] if entry["name"] in done]
     else:
-        model = VocoLlavaForConditionalGeneration(build_config(processor.tokenizer))
+        model = VocoLlavaForConditionalGeneration(config)
         log = {"seed": seed, "phases": []}
     model.processor = processor
     collator = VocoCollator(model.config)
 
-    def run(phase: Phase, trained: torch.nn.Module, data: Dataset, collator=None) -> None:
+    for phase in (phases[name] for name in names[len(done) :]):
         begin = time.time()
-        history = fit(phase, trained, data, collator, seed, out)
+        if phase.name in TOWER_DATA:
+            reader, data = CellReader(model.model.vision_tower, cells=4), TOWER_DATA[phase.name](phase, processor, seed)
+            history = fit(phase, reader, data, None, seed, out)
+        else:
+            history = fit(phase, model, Documents(phase, processor, seed), collator, seed, out)
+            save(model, processor, out / CHECKPOINTS[phase.name])
         minutes = round((time.time() - begin) / 60, 1)
-        entry = {**asdict(phase), "minutes": minutes, "threads": torch.get_num_threads(), "loss": history}
-        log["phases"].append(entry)
+        log["phases"].append({**asdict(phase), "minutes": minutes, "threads": torch.get_num_threads(), "loss": history})
         write_json(log_file, log)
-
-    if not resume:
-        run(tower, CellReader(model.model.vision_tower, cells=4), Cells(tower, processor, seed))
-        run(uncompressed, model, Documents(uncompressed, processor, seed), collator)
-        save(model, processor, out / UNCOMPRESSED.name)
-    run(voco, model, Documents(voco, processor, seed), collator)
-    save(model, processor, out / MODEL.name)
     print("evaluating on held-out digits", flush=True)
-    results = evaluate_all(out / MODEL.name, out / UNCOMPRESSED.name, questions)
+    results = evaluate_all(*(out / folder.name for folder in (MODEL, UNCOMPRESSED, CLIPS)), questions)
     write_json(out / "results.json", results)
 
 
@@ -201,13 +269,13 @@ def save(model: VocoLlavaForConditionalGeneration, processor: VocoProcessor, fol
 def main() -> None:
     """Command line of `make train-demo`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=MODEL.parent, help="folder of both checkpoints and the logs")
+    parser.add_argument("--out", type=Path, default=MODEL.parent, help="folder of the checkpoints and the logs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all step counts (0.01 for a trial)")
-    parser.add_argument("--questions", type=int, default=2400, help="held-out questions of the evaluation")
-    parser.add_argument("--resume", action="store_true", help="go on after the second phase's checkpoint in --out")
+    parser.add_argument("--questions", type=int, default=2400, help="held-out questions about images in the evaluation")
+    parser.add_argument("--after", choices=("uncompressed", "voco"), help="go on after this phase's checkpoint in --out")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.seed, arguments.scale, arguments.questions, arguments.resume)
+    train(arguments.out, arguments.seed, arguments.scale, arguments.questions, arguments.after)
 
 
 if __name__ == "__main__":
