@@ -111,10 +111,24 @@ def test_compress_writes_one_file_for_all_frames_of_a_video(folder, clip, monkey
     assert len(kv.segments) == 6 and kv.num_tokens == video["voco"] == 6 * image["voco"]
 
 
+def test_caches_know_which_packaged_model_made_them(folder, clip, monkeypatch, capsys):
+    """An image that was compressed with a clip is asked about with the model of the clip."""
+    for name in ("digits0", "clip"):
+        assert voco_here(["compress", "digits0.png", "clip.mp4", "--out", "made"], folder, monkeypatch) == 0
+        assert voco_here(["ask", f"made/{name}.safetensors", "how many digits came"], folder, monkeypatch) == 0
+    mixed = ["ask", "caches/clip.safetensors", "caches/digits0.safetensors", "what came first"]
+    capsys.readouterr()
+    assert voco_here(mixed, folder, monkeypatch) == 1
+    assert "must be made by this model" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_ask_answers_the_same_from_video_and_cache(folder, clip, monkeypatch, capsys):
     """Together with an image, in order."""
     answers = []
-    for sources in (("clip.mp4", "digits1.png"), ("caches/clip.safetensors", "caches/digits1.safetensors")):
+    # Together, since the packaged model for images alone is another one.
+    assert voco_here(["compress", "clip.mp4", "digits1.png", "--out", "both", "--json"], folder, monkeypatch) == 0
+    capsys.readouterr()
+    for sources in (("clip.mp4", "digits1.png"), ("both/clip.safetensors", "both/digits1.safetensors")):
         assert voco_here(["ask", *sources, "what is in the image", "--json"], folder, monkeypatch) == 0
         answers.append(json.loads(capsys.readouterr().out)["answer"])
     assert answers[0] == answers[1]

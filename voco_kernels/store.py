@@ -53,6 +53,10 @@ class Entry:
     nbytes: int
     used: float
 
+    def glance(self) -> VocoKV:
+        """Its K/V, mapped but neither read nor checked: for shapes, dtype and meta, however large it is."""
+        return kv_file.glance(self.path)
+
 
 class VocoStore:
     """Compressed images on disk and in memory, by a key that says all that they depend on.

@@ -23,13 +23,12 @@ SHOWN = 8  # digits of a key or digest
 @app.command()
 def ls(store: StoreArgument, as_json: JsonOption = False) -> None:
     """List the entries, the least recently used first, as their headers describe them; `verify` checks the numbers."""
-    from voco_kernels import kv_file
 
     rows = []
     for entry in _open(store).entries():
         row = {"key": entry.key, "bytes": entry.nbytes, "used": datetime.fromtimestamp(entry.used).isoformat(" ", "seconds")}
         try:
-            kv = kv_file.glance(entry.path)
+            kv = entry.glance()
             row |= {"voco": kv.num_tokens, "layers": kv.num_layers, "dtype": str(kv.k.dtype).removeprefix("torch.")}
             row |= {name: kv.meta.get(name, "") for name in ("model", "image")}
         except (ValueError, OSError) as error:
