@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from time import monotonic
@@ -81,6 +81,7 @@ class GpuCheck:
         """All steps, then the table; the exit status."""
         settings = self.settings
         self.say(f"gpu-check on {self.found['device']}: tests, checks, then timing; at most {settings.minutes:g} minutes")
+        self.step("compiled module", self.build)
         self.verify()
         self.measure()
         self.found |= {"seconds": round(monotonic() - self.began), "failed": self.failed}
@@ -104,6 +105,17 @@ class GpuCheck:
             self.failed.append(title)
             said = f"FAILED: {gpu_timing.first_line(error)}"
         self.say(f"{said} ({monotonic() - began:.1f} s)")
+
+    def build(self) -> str:
+        """Build the CUDA module in place where it is missing, and leave out backends of the K/V path that cannot run."""
+        settings, said = self.settings, "not asked for"
+        if "cuda" in settings.kv_backends:
+            said = gpu_checks.build_module(self.deadline - TIMING_RESERVE)
+        able = tuple(name for name in settings.kv_backends if gpu_kv.unavailable_reason(name) is None)
+        for name in set(settings.kv_backends) - set(able):
+            self.found["backends"][f"{name} K/V path"] = f"not run: {gpu_kv.unavailable_reason(name)}"
+        self.settings = replace(settings, kv_backends=able)
+        return said
 
     # ---- tests and checks ----------------------------------------------------------------------------------------------
 
@@ -281,6 +293,8 @@ class GpuCheck:
         settings = self.settings
         if monotonic() > self.deadline:
             return "not run: no time was left"
+        if not settings.kv_backends:
+            return "not run: no backend can"
         problem = KVProblem(shape, settings.device, settings.dtype)
         candidates = gpu_kv.candidates(problem, settings.kv_backends)
         rows = gpu_timing.time_in_turns(candidates, clock, settings.seconds)

@@ -27,6 +27,7 @@ OTHER_BACKENDS = ("reference", "torch", "flash")
 PLAN_ARRAYS = tuple(field.name for field in fields(TilePlan) if field.name not in ("geometry", "counted"))
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_LIMIT = 150
+BUILD_LIMIT = 120
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda")
 
 
@@ -93,6 +94,20 @@ def collect_tests(name: str, done: tuple[int | None, str], report: Path) -> Test
         reason = "took too long" if status is None else f"exit status {status}: {_last_line(output)}"
         tests.failed.append(f"{name}: {reason}")
     return tests
+
+
+def build_module(deadline: float) -> str:
+    """Compile the CUDA module into the source tree where it is missing; what came of it."""
+    from voco_kernels.backends import cuda
+
+    if cuda.unavailable_reason() is None:
+        return f"is there, for {', '.join(cuda.load().compiled_archs())}"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status, output = run_command(command, min(BUILD_LIMIT, deadline - monotonic()))
+    cuda._import.cache_clear()
+    if (reason := cuda.unavailable_reason()) is not None:
+        return f"not built: {reason if status == 0 else _last_line(output)}"
+    return f"built for {', '.join(cuda.load().compiled_archs())}"
 
 
 # ---- compute-sanitizer -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from bench.kv_problem import Problem
 from bench.measure import Candidate
 from bench.shapes import KVShape
+from voco_kernels import backends
 
 BACKENDS = ("cuda", "triton")
 # As the rows of tables are called.
@@ -17,6 +18,11 @@ NOTHING, COPY, LOOP, CONCATENATION = "empty kernel", "copy of the same bytes", "
 # What is wanted of an injection: a small one in microseconds beyond an empty kernel, a large one in times a copy.
 MICROSECONDS_TARGET, COPY_TARGET = 3.0, 1.3
 HOST_TARGET = 3.0  # microseconds of a call beyond the launch
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Why a backend of the K/V path cannot run on this machine; None where it can."""
+    return backends.load_module(backends.KV, backend).unavailable_reason()
 
 
 def check(shape: KVShape, device: torch.device, dtype: torch.dtype, backend: str) -> None:
@@ -46,9 +52,9 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def candidates(problem: Problem, backends: tuple[str, ...]) -> list[Candidate]:
+def candidates(problem: Problem, names: tuple[str, ...]) -> list[Candidate]:
     """Injections of a problem; the first is ours. Those of fixed addresses are captured, as a server would."""
-    planned = {name: captured(problem.injection(name, problem.static_caches())) for name in backends}
+    planned = {name: captured(problem.injection(name, problem.static_caches())) for name in names}
     # Half of the bytes of K/V are read, the other half are written.
     source = torch.empty(problem.shape.moved_bytes(problem.dtype) // 2, dtype=torch.int8, device=problem.device)
     target = torch.empty_like(source)

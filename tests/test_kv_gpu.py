@@ -19,14 +19,17 @@ from kv_samples import (
 from reference import assert_rounded_once, eager_rotated, rotated
 
 from voco_kernels import ExtractionPlan, InjectionPlan, VocoKV, extract_kv, inject_kv
-from voco_kernels.backends import resolved_kv
+from voco_kernels.backends import cuda, resolved_kv
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-BACKENDS = ("cuda", "triton", "torch")
+BUILT = pytest.mark.skipif(cuda.unavailable_reason() is not None, reason=str(cuda.unavailable_reason()))
+CUDA = pytest.param("cuda", marks=BUILT)
+KERNELS = [CUDA, "triton"]
+BACKENDS = [*KERNELS, "torch"]
 SLOTS = torch.tensor([7, 0, -1, 11, 4])
 
 
@@ -81,6 +84,7 @@ def test_extract_from_every_form(backend, form, dtype):
     assert torch.equal(kv.v, all_values[:, index])
 
 
+@BUILT
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_those_of_the_emulation(dtype):
     """Fused multiply-adds are written out in the kernels, so that a CPU computes the same bits."""
@@ -97,13 +101,14 @@ def test_bits_are_those_of_the_emulation(dtype):
     assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
 
 
+@BUILT
 def test_the_default_is_cuda_where_it_was_compiled():
     cache = torch.zeros(4, H, D, dtype=torch.bfloat16, device="cuda")
     assert resolved_kv("auto", torch.bfloat16, cache) == "cuda"
     assert resolved_kv("auto", torch.float64, cache.double()) == "torch"
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_graphs_hold_plans(backend):
     """Replays see other K/V, slots and positions; slots out of range are skipped."""
     kv = random_kv(torch.bfloat16).to("cuda")
@@ -137,7 +142,7 @@ def test_graphs_hold_plans(backend):
     assert torch.equal(extraction.out.v.cpu()[:, :4], v[:, [3, 1, 9, 0]]) and extraction.out.v[:, 4].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_calls_use_the_current_stream(backend):
     kv = random_kv(torch.bfloat16).to("cuda")
     caches = [torch.zeros(L, 12, H, D, dtype=torch.bfloat16, device="cuda") for _ in "kv"]
@@ -154,6 +159,7 @@ def test_calls_use_the_current_stream(backend):
     assert torch.equal(caches[1][:, 7].cpu(), kv.v[:, 0].cpu()) and (caches[1][:, 1] == SENTINEL).all()
 
 
+@BUILT
 def test_nothing_waits():
     """`cuda` neither copies from nor waits for the device."""
     kv = random_kv(torch.bfloat16).to("cuda")
@@ -169,7 +175,7 @@ def test_nothing_waits():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_calls_run_on_the_device_of_their_tensors(backend):
     kv = random_kv(torch.bfloat16).to("cuda:1")
     caches = [torch.zeros(L, 12, H, D, dtype=torch.bfloat16, device="cuda:1") for _ in "kv"]

@@ -457,6 +457,7 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
         *((task, shape) for task in ("forward", "forward_backward") for shape in ("video", "chat")),
         ("injection", "images"),
     }
+    assert "compiled module: not asked for" in said
     assert "check K/V path torch: 1 shapes keep to the error rule" in said and "inject images: voco torch" in said
     assert found["kv"]["images"]["host_us"] > 0
     assert {"p20_ms", "p50_ms", "p80_ms"} <= set(found["comparisons"][0]["rows"][0])
@@ -467,6 +468,26 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
     [kept] = content["sources"]["voco_kernels/plan.py"].popitem()[1]["none"]
     assert kept["tests"] == {"passed": 1, "failed": 0, "skipped": 1} and set(kept["errors"]) == {"torch", "reference"}
     assert set(kept["errors"]["torch"]) == set(gpu_peers.RESULTS) and max(kept["errors"]["torch"].values()) <= 1
+
+
+def test_a_module_that_cannot_be_built_leaves_its_backend_out(tmp_path, some_tests, capsys, monkeypatch):
+    from voco_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "load", lambda: None)
+    monkeypatch.setattr("voco_kernels.backends.cuda.unavailable_reason", lambda: "it is missing")
+    monkeypatch.setattr("voco_kernels.backends.cuda.kv._module_unavailable_reason", lambda: "it is missing")
+    run = gpu_checks.run_command
+
+    def without_nvcc(command, limit):
+        return (1, "nvcc: not found\n") if "setup.py" in command else run(command, limit)
+
+    monkeypatch.setattr(gpu_checks, "run_command", without_nvcc)
+    settings = settings_of(tmp_path, some_tests("test_good.py"), kv_backends=("cuda", "torch"))
+    assert gpu_check.GpuCheck(settings).run() == 0
+    said = capsys.readouterr().out
+    assert "compiled module: not built: nvcc: not found" in said and "check K/V path cuda" not in said
+    [path] = tmp_path.glob("*-20*.json")
+    assert json.loads(path.read_text())["backends"]["cuda K/V path"] == "not run: it is missing"
 
 
 @pytest.mark.parametrize("names", [("test_good.py", "test_bad.py"), ("test_broken.py",), ()])
