@@ -1,6 +1,7 @@
 """The K/V path on a GPU: injection as it stands in a captured graph, against loops, a plain copy and an empty kernel."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -80,10 +81,14 @@ def empty_kernel(device: torch.device) -> Callable[[], Any]:
     return lambda: nothing[(1,)]()
 
 
+def without_tokens(shape: KVShape, device: torch.device | str) -> Problem:
+    """The problem of a shape whose images are none: calls do everything but launch."""
+    return Problem(replace(shape, images=0), device)
+
+
 def host_microseconds(shape: KVShape, device: torch.device, backend: str, calls: int = 2000) -> float:
     """What a planned injection costs the host beyond its launch: that of no tokens, which launches nothing."""
-    nothing = KVShape(shape.name, shape.reason, 0, shape.vision, shape.voco, shape.layers, shape.kv_heads, shape.head_dim)
-    problem = Problem(nothing, device)
+    problem = without_tokens(shape, device)
     run = problem.injection(backend, problem.static_caches())
     run()
     best = float("inf")

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from cuda_backend import emulated
 
+from bench.gpu_kv import without_tokens
 from bench.kv_problem import Problem
 from bench.measure import Candidate
 from bench.shapes import KV
@@ -44,3 +46,23 @@ def test_inject(measure, problem):
         work=problem.shape.moved_bytes(torch.float32) / 1e9,
         unit="GB/s",
     )
+
+
+def test_host_cost(measure):
+    """All of a call but its launch, since there are no tokens; a run is 1,000 calls, so its ms are microseconds a call."""
+    with emulated():
+        problem = without_tokens(KV["image"], "cpu")
+        calls = {
+            "voco cuda, plan": problem.injection("cuda", problem.static_caches()),
+            "voco cuda, inject_kv": partial(problem.inject, "cuda", problem.static_caches()),
+        }
+        measure(
+            "1,000 calls without a launch",
+            "32 separate layers",
+            [Candidate(name, partial(_repeat, call)) for name, call in calls.items()],
+        )
+
+
+def _repeat(call):
+    for _ in range(1000):
+        call()

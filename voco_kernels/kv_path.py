@@ -108,7 +108,8 @@ class ExtractionPlan:
     """`extract_kv` prepared for many calls on the same tensors: checked once, and results go to the same place.
 
     `extract()` neither allocates nor waits (backends "triton" and "cuda"), so a CUDA graph can hold it. It reads the tensors
-    as they are then: keys, values, index and positions may be changed in place between calls.
+    as they are then: keys, values, index and positions may be changed in place between calls. Triton compiles at the first
+    call, so make one before capturing.
 
     Args:
         keys, values, index, positions, inv_freq, attention_scaling, backend: as in `extract_kv`. index and positions must be
@@ -152,7 +153,8 @@ class InjectionPlan:
 
     `inject(kv)` neither allocates nor waits (backends "triton" and "cuda"), so a CUDA graph can hold it. It reads slots and
     positions as they are then, so they may be changed in place between calls. A slot outside the caches is skipped.
-    Make the plan on the stream that uses it, and of separate layers before a capture begins.
+    Make the plan on the stream that uses it, and of separate layers before a capture begins; Triton compiles at the first
+    call, so make one before, too.
 
     Args:
         k_cache, v_cache, slots, positions, inv_freq, attention_scaling, backend: as in `inject_kv`. slots and positions must
@@ -220,7 +222,7 @@ def _checked_caches(k_cache, v_cache) -> tuple[list[torch.Tensor], list[torch.Te
     if not torch.compiler.is_compiling():
         addresses = [x.data_ptr() for x in (*k_caches, *v_caches) if x.numel() and x.device.type != "meta"]
         if len(set(addresses)) < len(addresses):
-            reject("v_cache", "of other memory than k_cache, and every layer of its own", "one tensor given twice")
+            reject("v_cache", "memory that neither k_cache nor another layer has", "a tensor that was given twice")
     return k_caches, v_caches
 
 

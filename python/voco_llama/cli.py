@@ -183,7 +183,9 @@ def _load(folder: Path | None, opened: list):
     makers = {x.meta.get("model") for x in opened if isinstance(x, VocoKV)} - {None}
     first, second = (MODEL, CLIPS) if all(map(_is_single, opened)) else (CLIPS, MODEL)
     model = load(first)
-    if makers and makers != {model.fingerprint()}:
+    # A video that is still to be compressed needs the model that knows clips; caches of another one are then refused.
+    unread = any(not isinstance(x, VocoKV) and not _is_single(x) for x in opened)
+    if not unread and makers and makers != {model.fingerprint()}:
         other = load(second)
         model = other if makers == {other.fingerprint()} else model
     return model
