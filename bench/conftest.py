@@ -1,31 +1,54 @@
-"""One table at the end of a run of benchmarks, and the same numbers as JSON where `--results PATH` asks for them."""
+"""What the suites share: the device, its clock, and one file of results that a later run can go on with."""
 
-import json
-import os
-import platform
-import subprocess
-from datetime import datetime, timezone
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
+from voco_llama.bench.clock import Clock, measure_ceilings
+from voco_llama.bench.measure import MOST_ROUNDS, Candidate, Comparison, Work, compare
+from voco_llama.bench.results import Results, describe_machine
 
-import voco_kernels
-from bench.measure import Candidate, Comparison, Row, compare
-from bench.verified import write_atomically
+SECONDS = 10.0
+SESSION = pytest.StashKey["Session"]()
 
-FORMAT_VERSION = 1
-DEFAULT_ROUNDS = 25
-COMPARISONS = pytest.StashKey[list[Comparison]]()
+
+class Session:
+    """A run of the suites on one device.
+
+    Attributes:
+        comparisons: what this run added to the results.
+    """
+
+    def __init__(self, options):
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device must be one that is here, but was {self.device}, and torch sees no NVIDIA GPU")
+        self.seconds, self.rounds = options.seconds, options.rounds
+        self.deadline = monotonic() + 60 * options.minutes
+        self.results = Results(options.results, describe_machine(self.device, options.commit), resume=options.resume)
+        self.clock = Clock(self.device)
+        self.comparisons: list[Comparison] = []
+
+    def add(self, comparison: Comparison) -> None:
+        """Keep a comparison; the ceilings of its dtype are measured before the first one."""
+        dtype = comparison.dtype
+        if dtype is not None and self.results.ceilings(dtype) is None:
+            self.results.set_ceilings(dtype, measure_ceilings(self.clock, getattr(torch, dtype)))
+        self.comparisons.append(comparison)
+        self.results.add(comparison)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("voco benchmarks")
-    group.addoption("--results", type=Path, metavar="PATH", help="write the results to this JSON file")
-    group.addoption(
-        "--rounds", type=int, default=DEFAULT_ROUNDS, help="rounds of a comparison at most (default %(default)s)"
-    )
+    group.addoption("--results", type=Path, metavar="PATH", help="write the results to this JSON file, row by row")
+    group.addoption("--resume", action="store_true", help="go on with that file, and leave out what it holds")
+    group.addoption("--commit", help="the commit that this is, where it is no git checkout")
+    group.addoption("--device", help="cpu or cuda; the GPU where there is one")
+    group.addoption("--minutes", type=float, default=1e6, help="begin nothing after this time")
+    group.addoption("--seconds", type=float, default=SECONDS, help="about how long to time a comparison (%(default)s)")
+    group.addoption("--rounds", type=int, default=MOST_ROUNDS, help="rounds of a comparison at most (%(default)s)")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,120 +58,138 @@ def pytest_configure(config):
     path = config.getoption("--results")
     if path is not None and not path.absolute().parent.is_dir():
         raise pytest.UsageError(f"--results must be a file in a folder that exists, but was {path}")
-    config.stash[COMPARISONS] = []
+    try:
+        config.stash[SESSION] = Session(config.option)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     # Its own table would show one mixed row per comparison.
     config.option.benchmark_quiet = True
 
 
+def pytest_collection_modifyitems(config, items):
+    # pytest-benchmark subtracts what its timer returns; so on a GPU it times with CUDA events.
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=config.stash[SESSION].clock.now))
+
+
+@pytest.fixture(scope="session")
+def session(request) -> Session:
+    return request.config.stash[SESSION]
+
+
+@pytest.fixture(scope="session")
+def device(session) -> torch.device:
+    return session.device
+
+
+@pytest.fixture(scope="session")
+def clock(session) -> Clock:
+    return session.clock
+
+
 @pytest.fixture(autouse=True)
-def seed():
+def begin(session):
     torch.manual_seed(0)
+    if monotonic() > session.deadline:
+        pytest.skip("not run: no time was left; --resume goes on with it")
 
 
 @pytest.fixture
-def measure(benchmark, request):
-    """measure(task, shape, candidates, work=None, unit=""): check, time in turns, and add a comparison to the table."""
+def suite(request) -> str:
+    """The name of the suite, from that of its file."""
+    return request.node.path.stem.removeprefix("test_")
 
-    def run(task: str, shape: str, candidates: list[Candidate], *, work: float | None = None, unit: str = ""):
-        rows = compare(benchmark, candidates, request.config.getoption("--rounds"))
-        request.config.stash[COMPARISONS].append(Comparison(task, shape, rows, work, unit))
+
+@pytest.fixture
+def measure(benchmark, session, suite) -> Callable:
+    """measure(task, shape, candidates, work=None, dtype=None, x=None): check, time in turns, add to the results.
+
+    Candidates and work may also be functions that make them, which are not called where the results are there already.
+    """
+
+    def drive(runs: list[Callable]) -> list[float]:
+        turns = iter(runs)
+
+        def next_turn():
+            session.clock.flush()
+            return (next(turns),), {}
+
+        # pytest-benchmark times one function; the function here is whichever candidate's turn it is.
+        benchmark.pedantic(lambda run: run(), setup=next_turn, rounds=len(runs))
+        return benchmark.stats.stats.data
+
+    def run(
+        task: str,
+        shape: str,
+        candidates: list[Candidate] | Callable[[], list[Candidate]],
+        *,
+        work: Work | Callable[[], Work] | None = None,
+        dtype: torch.dtype | None = None,
+        x: int | None = None,
+    ) -> Comparison:
+        if session.results.has(suite, task, shape):
+            pytest.skip("it is in the results already")
+        if callable(candidates):
+            candidates = candidates()
+        work = work() if callable(work) else work or Work()
+        timed = compare(
+            candidates,
+            session.clock,
+            seconds=session.seconds,
+            most_rounds=session.rounds,
+            drive=drive if benchmark.enabled else None,
+        )
+        benchmark.skipped = True  # where nothing was timed; else it is not looked at
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        comparison = Comparison(suite, task, shape, timed, work, name, x)
+        session.add(comparison)
         # A peer may fail; the library's own result must not.
-        assert rows[0].status == "ok", rows[0].status
+        assert timed[0].status == "ok", timed[0].status
+        return comparison
 
     return run
 
 
+@pytest.fixture
+def add_comparison(session) -> Callable[[Comparison], None]:
+    """For what times itself: adds a comparison to the results."""
+    return session.add
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    comparisons = config.stash[COMPARISONS]
-    if not comparisons:
+    session = config.stash[SESSION]
+    if not session.comparisons:
         return
+    machine, write = session.results.content, terminalreporter.write_line
     terminalreporter.section("benchmarks")
-    machine = describe_machine()
-    terminalreporter.write_line(
+    write(
         f"{machine['device']}, {machine['threads']} threads on {machine['cores']} cores, load {machine['load_average']}, "
         f"torch {machine['torch']}, transformers {machine['transformers']}, commit {machine['commit']}"
     )
-    terminalreporter.write_line("ratio: median time divided by the first line's; target: the ratio that is wanted")
-    for comparison in comparisons:
-        terminalreporter.write_line("")
-        terminalreporter.write_line(_header(comparison))
-        for row in comparison.rows:
-            terminalreporter.write_line(_line(comparison, row))
-    path = config.getoption("--results")
-    if path is not None:
-        write_results(path, machine, comparisons)
-        terminalreporter.write_line(f"\nwritten to {path}")
+    write("ratio: median time divided by the first line's; target: the ratio that is wanted")
+    for comparison in session.comparisons:
+        write("")
+        for line in comparison_lines(comparison, session.results):
+            write(line)
+    if session.results.path is not None:
+        path = session.results.path
+        write(f"\nwritten to {path}; `voco bench report {path}` makes tables and plots of it")
 
 
-def _header(comparison: Comparison) -> str:
-    title = f"{comparison.task}, {comparison.shape}"
-    return f"{title:44} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {comparison.unit:>9} {'ratio':>7} {'target':>7}"
-
-
-def _line(comparison: Comparison, row: Row) -> str:
-    if not row.seconds:
-        return f"  {row.name:42} {row.status}"
-    times = " ".join(f"{row.percentile(p) * 1e3:9.3f}" for p in (20, 50, 80))
-    rate = comparison.rate(row)
-    rate = "" if rate is None else f"{rate:.1f}"
-    ratio = comparison.ratio(row)
-    ratio = "" if ratio is None else f"{ratio:.2f}"
-    target = "" if row.target is None else f">= {row.target:g}"
-    return f"  {row.name:42} {times} {rate:>9} {ratio:>7} {target:>7}"
-
-
-def describe_machine() -> dict:
-    """What the numbers depend on: device, threads, versions, commit and date."""
-    commit, changed = _commit()
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        # At the end of the run. Far above the number of threads, the machine was shared and its times are doubtful.
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version_of("transformers"),
-        "voco_kernels": voco_kernels.__version__,
-        "commit": commit,
-        "uncommitted_changes": changed,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def write_results(path: Path, machine: dict, comparisons: list[Comparison]) -> None:
-    """Write the JSON file whole or not at all."""
-    content = {
-        "format_version": FORMAT_VERSION,
-        **machine,
-        "comparisons": [comparison.as_dict() for comparison in comparisons],
-    }
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """(commit, whether files that it knows were changed); None where this is no git checkout."""
-
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+def comparison_lines(comparison: Comparison, results: Results) -> list[str]:
+    """A heading and a line per row."""
+    title = f"{comparison.suite}: {comparison.task}, {comparison.shape}"
+    lines = [
+        f"{title:48} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'roof %':>7} {'MiB':>8} {'ratio':>7} {'target':>7}"
+    ]
+    for row in comparison.as_rows(results.ceilings(comparison.dtype)):
+        if row["p50_ms"] is None:
+            lines.append(f"  {row['name']:46} {row['status']}")
+            continue
+        times = " ".join(f"{row[f'p{p}_ms']:9.3f}" for p in (20, 50, 80))
+        roof = "" if row["roof"] is None else f"{100 * row['roof']:.0f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+        target = "" if row["target"] is None else f">= {row['target']:g}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"  # the first line may not have been timed
+        lines.append(f"  {row['name']:46} {times} {roof:>7} {peak:>8} {ratio:>7} {target:>7}")
+    return lines

@@ -6,28 +6,26 @@ there is no GPU. Peers that cannot run, and targets that are missed, are no fail
 
 import argparse
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
+from voco_llama.bench.clock import WARM_UPS, Clock, measure_ceilings
+from voco_llama.bench.measure import OURS, Candidate, Comparison, Row, Work, compare, first_line
+from voco_llama.bench.results import Results, describe_machine, file_name
 
-from bench import gpu_checks, gpu_kv, gpu_peers, gpu_timing, verified
-from bench.conftest import describe_machine
-from bench.gpu_table import table_lines
+from bench import attention_peers, gpu_checks, gpu_kv, verified
+from bench.attention_problem import Problem
+from bench.gpu_table import BOTH, FORWARD, INJECTION, PLAN, PLAN_CPU, PLAN_DEVICE, table_lines
 from bench.kv_problem import Problem as KVProblem
-from bench.measure import Comparison, Row
-from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape
+from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape, fresh
 
-FORMAT_VERSION = 1
 # Seconds that stay for timing however long tests and sanitizers take, and what compiling FlexAttention for a shape may need.
 TIMING_RESERVE, FLEX_RESERVE = 200, 60
 PLAN_SHAPE = "video"
@@ -70,12 +68,12 @@ class GpuCheck:
         self.deadline = self.began + 60 * settings.minutes
         self.failed: list[str] = []
         self.proved: set[str] = set()
-        self.found: dict[str, Any] = {
-            "format_version": FORMAT_VERSION, **describe_gpu(settings.device, settings.commit), "backend": settings.backend,
-            "checks": {}, "backends": {}, "sanitizers": {}, "shapes": {}, "comparisons": [], "kv": {},
-        }  # fmt: skip
-        name = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
-        self.path = settings.results / f"{name}-{self.found['date'][:10]}.json"
+        machine = describe_machine(settings.device, settings.commit)
+        self.path = settings.results / file_name(machine).replace(".json", f"-check-{machine['date'][:10]}.json")
+        self.results = Results(self.path, machine)
+        self.found: dict[str, Any] = self.results.content
+        self.found |= {"backend": settings.backend, "checks": {}, "backends": {}, "sanitizers": {}}
+        self.dtype = str(settings.dtype).removeprefix("torch.")
 
     def run(self) -> int:
         """All steps, then the table; the exit status."""
@@ -85,7 +83,7 @@ class GpuCheck:
         self.verify()
         self.measure()
         self.found |= {"seconds": round(monotonic() - self.began), "failed": self.failed}
-        verified.write_json(self.path, self.found)
+        self.results.write()
         self.say(f"written to {self.path}")
         self.say("\n".join(["", *table_lines(self.found)]))
         return 1 if self.failed else 0
@@ -103,7 +101,7 @@ class GpuCheck:
         # Whatever went wrong, the other steps still have something to say.
         except Exception as error:
             self.failed.append(title)
-            said = f"FAILED: {gpu_timing.first_line(error)}"
+            said = f"FAILED: {first_line(error)}"
         self.say(f"{said} ({monotonic() - began:.1f} s)")
 
     def build(self) -> str:
@@ -152,7 +150,7 @@ class GpuCheck:
         gpu_checks.check_repeatable(shape, *where)
         entry["same_bits"] = True
         entry["small"] = gpu_checks.small_errors(shape, *where)
-        entry["full"] = gpu_checks.full_errors(gpu_peers.Problem(shape, *where))
+        entry["full"] = gpu_checks.full_errors(Problem(shape, *where))
         entry["errors"] = gpu_checks.merged(entry["small"], entry["full"])
         return f"same bits twice; error / bound {max(entry['errors'].values()):.2f}"
 
@@ -163,7 +161,7 @@ class GpuCheck:
             try:
                 errors.append(gpu_checks.small_errors(shape, settings.device, settings.dtype, backend))
             except ValueError as error:
-                reason = gpu_timing.first_line(error)
+                reason = first_line(error)
         if not errors:
             self.found["backends"][backend] = f"not run: {reason}"
             return f"not run: {reason}"
@@ -227,68 +225,54 @@ class GpuCheck:
 
     def measure(self) -> None:
         """The device's ceilings, the plan, and every shape against its peers."""
-        clock = gpu_timing.Clock(self.settings.device)
+        clock = Clock(self.settings.device)
         self.step("ceilings", lambda: self.time_ceilings(clock))
         self.step("plan", lambda: self.time_plan(clock))
         for name, shape in self.settings.shapes.items():
             self.step(f"time {name}", lambda shape=shape: self.time_shape(shape, clock))
-            # Kept as it grows, in case that the run is cut off.
-            verified.write_json(self.path, self.found)
         for name, shape in self.settings.kv_shapes.items():
             self.step(f"time K/V {name}", lambda shape=shape: self.time_kv(shape, clock))
-            verified.write_json(self.path, self.found)
 
-    def time_ceilings(self, clock: gpu_timing.Clock) -> str:
+    def time_ceilings(self, clock: Clock) -> str:
         """What the device does at best."""
-        ceilings = self.ceilings = gpu_timing.measure_ceilings(clock, self.settings.dtype, *self.settings.ceiling)
-        self.found["ceilings"] = {"matmul_tflops": ceilings.flops / 1e12, "copy_gb_per_s": ceilings.bytes / 1e9}
+        ceilings = measure_ceilings(clock, self.settings.dtype, *self.settings.ceiling)
+        self.results.set_ceilings(self.dtype, ceilings)
         return f"matmul {ceilings.flops / 1e12:.0f} TFLOP/s, copy {ceilings.bytes / 1e9:.0f} GB/s read and written"
 
-    def time_plan(self, clock: gpu_timing.Clock) -> str:
+    def time_plan(self, clock: Clock) -> str:
         """How long a plan takes for a layout that was never seen, on the device and on the CPU."""
         shape = self.settings.shapes[PLAN_SHAPE]
-        host, rounds = shape.layout(), 15
-        entry: dict[str, Any] = {"shape": shape.name, "tokens": host.num_tokens}
+        host, rounds, rows = shape.layout(), 15, []
         cpu = torch.device("cpu")
-        for name, device, timer in (("device", clock.device, clock), ("cpu", cpu, gpu_timing.Clock(cpu))):
-            layouts = [gpu_checks.fresh(host, device) for _ in range(rounds + gpu_timing.WARM_UPS)]
+        for name, device, timer in ((PLAN_DEVICE, clock.device, clock), (PLAN_CPU, cpu, Clock(cpu))):
+            layouts = [fresh(host, device) for _ in range(rounds + WARM_UPS)]
             seconds = timer.times(lambda layouts=layouts: layouts.pop().prepare(), rounds)
-            row = Row(name, "ok", None, seconds)
-            entry[name] = {f"p{p}_us": round(1e6 * row.percentile(p), 1) for p in (20, 50, 80)}
-        self.found["plan"] = entry
-        on_device, on_cpu = (entry[name]["p50_us"] for name in ("device", "cpu"))
-        return f"{host.num_tokens} tokens, {on_device} us on the device, {on_cpu} us on the CPU"
+            rows.append(Row(name, "ok", role=OURS, seconds=seconds, facts={"tokens": host.num_tokens}))
+        self.results.add(Comparison("plan", PLAN, shape.name, rows))
+        on_device, on_cpu = (row.percentile(50) * 1e6 for row in rows)
+        return f"{host.num_tokens} tokens, {on_device:.0f} us on the device, {on_cpu:.0f} us on the CPU"
 
-    def time_shape(self, shape: AttentionShape, clock: gpu_timing.Clock) -> str:
+    def time_shape(self, shape: AttentionShape, clock: Clock) -> str:
         """Forward, and forward with backward, of ours and of the peers."""
         settings = self.settings
         if monotonic() > self.deadline:
             return "not run: no time was left"
-        problem = gpu_peers.Problem(shape, settings.device, settings.dtype, settings.backend)
-        entry = self.found["shapes"][shape.name] = {}
+        problem = Problem(shape, settings.device, settings.dtype, settings.backend)
         medians = []
-        for backward in (False, True):
+        for task, backward in ((FORWARD, False), (BOTH, True)):
             compiler = settings.compiler if self.deadline - monotonic() > FLEX_RESERVE else None
-            task = "forward_backward" if backward else "forward"
-            candidates = gpu_peers.candidates(problem, backward=backward, compiler=compiler)
-            rows = gpu_timing.time_in_turns(candidates, clock, settings.seconds)
+            candidates = attention_peers.candidates(problem, backward=backward, compiler=compiler)
+            candidates = [candidate for candidate in candidates if is_compared(candidate)]
+            rows = compare(candidates, clock, seconds=settings.seconds)
             if compiler is None:
-                rows.append(Row(gpu_peers.FLEX, "not run: no time was left to compile it", None))
-            flops = shape.flops(backward=backward)
-            comparison = Comparison(task, shape.name, rows, flops / 1e12, "TFLOP/s")
-            self.found["comparisons"].append(comparison.as_dict())
+                rows.append(Row(attention_peers.FLEX, "not run: no time was left to compile it"))
+            work = Work(shape.flops(backward=backward), shape.moved_bytes(settings.dtype, backward=backward))
+            self.results.add(Comparison("attention", task, shape.name, rows, work, self.dtype))
             assert rows[0].status == "ok", f"{task}: {rows[0].status}"
-            median = rows[0].percentile(50)
-            medians.append(f"{task} {median * 1e3:.3f} ms")
-            moved = shape.moved_bytes(settings.dtype, backward=backward)
-            entry[task] = {
-                "roof": round(self.ceilings.share(flops, moved, median), 4),
-                "extra_bytes": gpu_timing.extra_memory(candidates[0].run, clock),
-            }
+            medians.append(f"{task} {rows[0].percentile(50) * 1e3:.3f} ms")
         return ", ".join(medians)
 
-
-    def time_kv(self, shape: KVShape, clock: gpu_timing.Clock) -> str:
+    def time_kv(self, shape: KVShape, clock: Clock) -> str:
         """Injection of ours and of the loops, as graph replays, and what a call costs the host."""
         settings = self.settings
         if monotonic() > self.deadline:
@@ -297,45 +281,20 @@ class GpuCheck:
             return "not run: no backend can"
         problem = KVProblem(shape, settings.device, settings.dtype)
         candidates = gpu_kv.candidates(problem, settings.kv_backends)
-        rows = gpu_timing.time_in_turns(candidates, clock, settings.seconds)
-        moved = shape.moved_bytes(settings.dtype)
-        comparison = Comparison("injection", shape.name, rows, moved / 1e9, "GB/s")
-        self.found["comparisons"].append(comparison.as_dict())
+        rows = compare(candidates, clock, seconds=settings.seconds)
         host = gpu_kv.host_microseconds(shape, settings.device, settings.kv_backends[0])
-        self.found["kv"][shape.name] = {"moved_bytes": moved, "host_us": round(host, 2)}
+        rows[0].facts["host_us"] = round(host, 2)
+        work = Work(moved_bytes=shape.moved_bytes(settings.dtype))
+        self.results.add(Comparison("kv", INJECTION, shape.name, rows, work, self.dtype))
         assert rows[0].status == "ok", rows[0].status
         return f"{rows[0].percentile(50) * 1e6:.1f} us, {host:.1f} us on the host beyond the launch"
 
 
-def describe_gpu(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """What the numbers depend on; `commit` where this is no git checkout."""
-    machine = describe_machine()
-    cuda = device.type == "cuda"
-    machine |= {
-        "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
-        "driver": _driver() if cuda else None,
-        "cuda": torch.version.cuda,
-        "triton": _version_of("triton"),
-    }
-    if machine["commit"] is None:
-        machine["commit"] = commit
-    return machine
-
-
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+def is_compared(candidate: Candidate) -> bool:
+    """Whether there is time for it here; `make gpu-bench` measures all."""
+    family = attention_peers.family_of(candidate.name)
+    several = family in (attention_peers.SPLIT, attention_peers.DENSE)
+    return candidate.role == OURS or several or candidate.name in (attention_peers.FLEX, attention_peers.FLEX_BUILT)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,11 +15,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.gpu_peers import RESULTS, Problem, error_over_bound, inputs_of, results_of
-from bench.shapes import AttentionShape
+from bench.attention_problem import RESULTS, Problem, error_over_bound, inputs_of, results_of
+from bench.shapes import AttentionShape, fresh
 from bench.verified import ROOT
 from tests.reference import assert_error_rule, dense_results, kinds_of, mask_of_layout
-from voco_kernels import VocoLayout
 from voco_kernels.tiles import TilePlan, build_tiles
 
 # Backends that are held to the dense reference beside the one that is checked.
@@ -170,12 +169,6 @@ def check_repeatable(shape: AttentionShape, device: torch.device, dtype: torch.d
         assert torch.equal(first[name], second[name]), f"{name} differs from run to run"
 
 
-def fresh(layout: VocoLayout, device: torch.device) -> VocoLayout:
-    """The layout in other tensors on `device`, for which nothing is kept yet."""
-    moved = (t.to(device, copy=True) for t in (layout.segment_ids, layout.public, layout.cu_seqlens, layout.position_ids))
-    return VocoLayout(*moved, layout.isolated)
-
-
 def check_plan(shape: AttentionShape, device: torch.device) -> None:
     """Raise AssertionError unless the plan's kernels on `device` make what tensor operations make on the CPU."""
     # Only here is Triton needed.
@@ -183,10 +176,14 @@ def check_plan(shape: AttentionShape, device: torch.device) -> None:
     from voco_kernels.backends.triton.plan import build_tiles_on_gpu
 
     host = shape.layout()
-    got, want = build_tiles_on_gpu(host.to(device), GEOMETRY).to("cpu"), build_tiles(host, GEOMETRY)
+    check_tiles(build_tiles_on_gpu(host.to(device), GEOMETRY), build_tiles(host, GEOMETRY))
+
+
+def check_tiles(plan: TilePlan, want: TilePlan) -> None:
+    """Raise AssertionError unless a device's plan is `want`, made on the CPU, where lists are cut to their length."""
+    got = plan.to("cpu")
     for name in PLAN_ARRAYS:
         x, true = getattr(got, name), getattr(want, name)
-        # Lists of tiles are cut on the CPU only, where their length is known.
         assert torch.equal(x[: len(true)], true) and not x[len(true) :].any(), f"the plan's {name} differs from the CPU's"
 
 

@@ -1,4 +1,4 @@
-"""The K/V path on a GPU: injection as it stands in a captured graph, against loops, a plain copy and an empty kernel."""
+"""The K/V path on a device: injection, on a GPU in a captured graph, against loops, copies and an empty kernel."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,15 +7,17 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from voco_llama.bench.measure import LIMIT, OURS, Candidate
 
 from bench.kv_problem import Problem
-from bench.measure import Candidate
 from bench.shapes import KVShape
 from voco_kernels import backends
 
 BACKENDS = ("cuda", "triton")
 # As the rows of tables are called.
-NOTHING, COPY, LOOP, CONCATENATION = "empty kernel", "copy of the same bytes", "loop of index_copy_", "DynamicCache"
+NOTHING, COPY, LOOP, STATIC, CONCATENATION = (
+    "empty kernel", "copy of the same bytes", "loop of index_copy_", "StaticCache.update", "DynamicCache.update",
+)  # fmt: skip
 # What is wanted of an injection: a small one in microseconds beyond an empty kernel, a large one in times a copy.
 MICROSECONDS_TARGET, COPY_TARGET = 3.0, 1.3
 HOST_TARGET = 3.0  # microseconds of a call beyond the launch
@@ -53,19 +55,37 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def candidates(problem: Problem, names: tuple[str, ...]) -> list[Candidate]:
-    """Injections of a problem; the first is ours. Those of fixed addresses are captured, as a server would."""
-    planned = {name: captured(problem.injection(name, problem.static_caches())) for name in names}
+def able(device: torch.device) -> tuple[str, ...]:
+    """The backends of the K/V path that can run on a device, in the order in which "auto" prefers them."""
+    if device.type != "cuda":
+        return ("torch",)
+    return (*(name for name in BACKENDS if unavailable_reason(name) is None), "torch")
+
+
+def planned(problem: Problem, names: tuple[str, ...]) -> list[Candidate]:
+    """Injections with a plan into static caches, captured where there is a GPU, as a server would."""
+    runs = {name: captured(problem.injection(name, problem.static_caches())) for name in names}
+    return [Candidate(f"voco {name}", run, problem.check_injected, role=OURS) for name, run in runs.items()]
+
+
+def peers(problem: Problem) -> list[Candidate]:
+    """What does the same without the library, and what says how fast that could be at best."""
     # Half of the bytes of K/V are read, the other half are written.
     source = torch.empty(problem.shape.moved_bytes(problem.dtype) // 2, dtype=torch.int8, device=problem.device)
     target = torch.empty_like(source)
+    loop, check = partial(problem.inject_by_index_copy, problem.static_caches()), problem.check_injected
     return [
-        *(Candidate(f"voco {name}", run, problem.check_injected) for name, run in planned.items()),
-        Candidate(NOTHING, captured(empty_kernel(problem.device))),
-        Candidate(COPY, captured(lambda: target.copy_(source))),
-        Candidate(LOOP, captured(partial(problem.inject_by_index_copy, problem.static_caches())), problem.check_injected),
-        Candidate(CONCATENATION, problem.inject_by_concatenation, problem.check_injected),
+        Candidate(NOTHING, captured(empty_kernel(problem.device)), role=LIMIT),
+        Candidate(COPY, captured(lambda: target.copy_(source)), role=LIMIT),
+        Candidate(LOOP, captured(loop), check),
+        Candidate(STATIC, captured(problem.static_update()), check),
+        Candidate(CONCATENATION, problem.inject_by_concatenation, check),
     ]
+
+
+def candidates(problem: Problem, names: tuple[str, ...]) -> list[Candidate]:
+    """Injections of a problem; the first is ours."""
+    return [*planned(problem, names), *peers(problem)]
 
 
 def empty_kernel(device: torch.device) -> Callable[[], Any]:

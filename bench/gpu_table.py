@@ -1,13 +1,21 @@
 """The table at the end of `make gpu-check`, from what its results file holds."""
 
-from bench.gpu_kv import CONCATENATION, COPY, COPY_TARGET, HOST_TARGET, LOOP, MICROSECONDS_TARGET, NOTHING
-from bench.gpu_peers import DENSE, FLEX, FLEX_BUILT, OURS, ROOF_TARGETS, SPLIT
+from itertools import groupby
+
+from voco_llama.bench import measure
+
+from bench.attention_peers import DENSE, FLEX, FLEX_BUILT, ROOF_TARGETS, SPLIT, family_of
+from bench.gpu_kv import COPY, COPY_TARGET, HOST_TARGET, MICROSECONDS_TARGET, NOTHING
+
+# As the tasks and the rows of plans are called.
+FORWARD, BOTH, INJECTION, PLAN = "forward", "forward + backward", "into a cache", "what is made once per batch"
+PLAN_DEVICE, PLAN_CPU = "tiles, on the device", "tiles, on the CPU"
 
 PLAN_TARGET = 30.0  # microseconds on a GPU, for 16k tokens
 MISSING = "-"
 COLUMNS = (
     "shape", "fwd ms", "roof %", "split", "flex", "+mask", "dense", "fwd+bwd ms", "roof %", "split", "flex", "dense",
-    "extra MiB",
+    "peak MiB",
 )  # fmt: skip
 
 
@@ -46,70 +54,70 @@ def _checks(found: dict) -> str:
 
 
 def _limits(found: dict) -> str:
-    parts = []
-    if ceilings := found.get("ceilings"):
-        parts.append(f"matmul {ceilings['matmul_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gb_per_s']:.0f} GB/s")
-    if plan := found.get("plan"):
+    parts = [
+        f"{dtype}: matmul {ceilings['matmul_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gb_per_s']:.0f} GB/s"
+        for dtype, ceilings in found["ceilings"].items()
+    ]
+    plans = {row["name"]: row for row in found["rows"] if row["task"] == PLAN}
+    if plans:
+        on_device, on_cpu = (1e3 * plans[name]["p50_ms"] for name in (PLAN_DEVICE, PLAN_CPU))
+        tokens = plans[PLAN_DEVICE]["facts"]["tokens"]
         parts.append(
-            f"plan of {plan['tokens']} tokens: {plan['device']['p50_us']:.0f} us (<= {PLAN_TARGET:.0f}) on the device, "
-            f"{plan['cpu']['p50_us']:.0f} us on the CPU"
+            f"plan of {tokens} tokens: {on_device:.0f} us (<= {PLAN_TARGET:.0f}) on the device, {on_cpu:.0f} us on the CPU"
         )
     return "; ".join(parts) or "no ceilings measured"
 
 
 def _row(found: dict, name: str) -> list[str]:
-    entry = found["shapes"].get(name, {})
-    rows = {
-        (comparison["task"], row["name"]): row
-        for comparison in found["comparisons"]
-        if comparison["shape"] == name
-        for row in comparison["rows"]
-    }
-    forward, both = entry.get("forward", {}), entry.get("forward_backward", {})
-    extra = [side.get("extra_bytes") for side in (forward, both)]
+    here = [row for row in found["rows"] if row["shape"] == name and row["p50_ms"] is not None]
+    # The fastest of each family, and the first of ours.
+    rows = {(row["task"], family_of(row["name"])): row for row in sorted(here, key=lambda row: -row["p50_ms"])}
+    ours = {row["task"]: row for row in reversed(here) if row["role"] == measure.OURS}
+    forward, both = ours.get(FORWARD), ours.get(BOTH)
+    peaks = [None if row is None else row["peak_bytes"] for row in (forward, both)]
     return [
-        _time(rows.get(("forward", OURS))),
-        _share(forward.get("roof"), ROOF_TARGETS.get(name)),
-        *(_ratio(rows.get(("forward", peer))) for peer in (SPLIT, FLEX, FLEX_BUILT, DENSE)),
-        _time(rows.get(("forward_backward", OURS))),
-        _share(both.get("roof"), None),
-        *(_ratio(rows.get(("forward_backward", peer))) for peer in (SPLIT, FLEX, DENSE)),
-        " / ".join(MISSING if x is None else f"{x / 2**20:.0f}" for x in extra),
+        _time(forward),
+        _share(forward, ROOF_TARGETS.get(name)),
+        *(_ratio(rows.get((FORWARD, peer))) for peer in (SPLIT, FLEX, FLEX_BUILT, DENSE)),
+        _time(both),
+        _share(both, None),
+        *(_ratio(rows.get((BOTH, peer))) for peer in (SPLIT, FLEX, DENSE)),
+        " / ".join(MISSING if x is None else f"{x / 2**20:.0f}" for x in peaks),
     ]
 
 
 def _kv_lines(found: dict) -> list[str]:
     """A line per shape of the K/V path: every row in microseconds, and what is wanted."""
     lines = []
-    for comparison in found["comparisons"]:
-        if comparison["task"] != "injection":
-            continue
-        us = {row["name"]: 1e3 * row["p50_ms"] for row in comparison["rows"] if "p50_ms" in row}
-        ours = next((us[name] for name in us if name not in (NOTHING, COPY, LOOP, CONCATENATION)), None)
+    injections = [row for row in found["rows"] if row["task"] == INJECTION]
+    for shape, group in groupby(injections, lambda row: row["shape"]):
+        rows = list(group)
+        us = {row["name"]: 1e3 * row["p50_ms"] for row in rows if row["p50_ms"] is not None}
+        ours = us.get(rows[0]["name"])
         parts = [f"{name} {value:.1f} us" for name, value in us.items()]
         if ours is not None and NOTHING in us and COPY in us:
             parts.append(f"beyond an empty kernel {ours - us[NOTHING]:.1f} us (image: <= {MICROSECONDS_TARGET:g})")
             parts.append(f"times a copy {ours / us[COPY]:.2f} (long_video: <= {COPY_TARGET:g})")
-        if entry := found.get("kv", {}).get(comparison["shape"]):
-            parts.append(f"host beyond the launch {entry['host_us']:.1f} us (<= {HOST_TARGET:g})")
-        lines.append(f"inject {comparison['shape']}: {'; '.join(parts)}")
+        if (host := rows[0]["facts"].get("host_us")) is not None:
+            parts.append(f"host beyond the launch {host:.1f} us (<= {HOST_TARGET:g})")
+        lines.append(f"inject {shape}: {'; '.join(parts)}")
     return lines
 
 
 def _time(row: dict | None) -> str:
-    if row is None or "p50_ms" not in row:
+    if row is None:
         return MISSING
     return f"{row['p50_ms']:.3f}"
 
 
-def _share(share: float | None, target: float | None) -> str:
-    if share is None:
+def _share(row: dict | None, target: float | None) -> str:
+    if row is None or row["roof"] is None:
         return MISSING
-    return f"{100 * share:.0f}" + (f" [{100 * target:.0f}]" if target else "")
+    return f"{100 * row['roof']:.0f}" + (f" [{100 * target:.0f}]" if target else "")
 
 
 def _ratio(row: dict | None) -> str:
-    if row is None or row.get("ratio") is None:
+    if row is None or row["ratio"] is None:
         return MISSING
     return f"{row['ratio']:.2f}" + (f" [{row['target']:g}]" if row["target"] else "")
 

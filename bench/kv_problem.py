@@ -6,7 +6,8 @@ All do the whole job: keys lose their rotation on the way out and get a new one 
 from functools import partial
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from bench.shapes import KVShape
 from tests.reference import VOCO, assert_error_rule, eager_rotated, rotated
@@ -112,6 +113,23 @@ class Problem:
             v_cache.index_copy_(2, self.positions, v)
         return caches
 
+    def static_update(self):
+        """transformers' static cache, into which a loop over layers puts rotated keys; filled anew by every call."""
+        shape = self.shape
+        config = LlamaConfig(num_hidden_layers=shape.layers, num_attention_heads=shape.kv_heads, head_dim=shape.head_dim)
+        cache = StaticCache(config, max_cache_len=shape.tokens)
+        cos, sin = self._cos_sin(self.positions)
+
+        def run():
+            for layer in range(shape.layers):
+                k, v = (x[layer].transpose(0, 1)[None] for x in (self.kv.k, self.kv.v))
+                if cache.layers[layer].is_initialized:
+                    cache.layers[layer].cumulative_length.zero_()
+                cache.update(k * cos + rotate_half(k) * sin, v, layer)
+            return _tensors_of(cache)
+
+        return run
+
     def inject_into_dynamic(self, backend: str):
         """The library, then the cache that `generate` makes by default."""
         k, v = torch.empty_like(self.kv.k), torch.empty_like(self.kv.v)
@@ -141,5 +159,5 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def _tensors_of(cache: DynamicCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _tensors_of(cache: DynamicCache | StaticCache) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]

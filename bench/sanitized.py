@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from bench import gpu_kv
-from bench.gpu_peers import inputs_of, results_of
+from bench.attention_problem import inputs_of, results_of
 from bench.shapes import AttentionShape, KVShape
 from voco_kernels import Image, Text
 

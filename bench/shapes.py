@@ -56,6 +56,12 @@ def _tokens(document: tuple[Text | Image, ...]) -> int:
     return sum(span.length if isinstance(span, Text) else span.vision + span.voco for span in document)
 
 
+def fresh(layout: VocoLayout, device: torch.device) -> VocoLayout:
+    """The layout in other tensors on `device`, for which nothing is kept yet."""
+    moved = (t.to(device, copy=True) for t in (layout.segment_ids, layout.public, layout.cu_seqlens, layout.position_ids))
+    return VocoLayout(*moved, layout.isolated)
+
+
 @dataclass(frozen=True)
 class KVShape:
     """Compressed K/V of `images` images of `vision` + `voco` tokens, in all layers of a model."""
@@ -186,3 +192,21 @@ GPU_KV = {
         voco=8,
     ),
 }
+
+# What grows in the scaling suite, and how far. Peers leave off where memory or patience ends.
+FRAMES = (1, 4, 16, 64, 256, 2048)
+TEXT = (64, 512, 4096)
+
+
+def frames_shape(frames: int, heads: int, head_dim: int) -> AttentionShape:
+    """A video of `frames` frames that do not see each other, and a short text: all work but the text's grows linearly."""
+    reason = "how cost grows with a video, of which a mask has the square"
+    documents = ((*[Image(vision=256, voco=2)] * frames, Text(128)),)
+    return AttentionShape(f"{frames} frames", reason, documents, True, heads, heads, head_dim)
+
+
+def text_shape(length: int, heads: int, head_dim: int) -> AttentionShape:
+    """16 frames and a text of `length` tokens, which is causal and so grows with its square for everyone."""
+    reason = "how cost grows with the text, in which there is nothing to skip but frames"
+    documents = ((*[Image(vision=256, voco=2)] * 16, Text(length)),)
+    return AttentionShape(f"{length} text tokens", reason, documents, True, heads, heads, head_dim)

@@ -1,65 +1,77 @@
-"""The K/V path on a CPU, in float32, against loops of torch operations."""
+"""The K/V path against loops over layers, copies of the same bytes, and transformers' caches."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from cuda_backend import emulated
+from voco_llama.bench.measure import OURS, Candidate, Work
 
-from bench.gpu_kv import without_tokens
+from bench import gpu_kv
 from bench.kv_problem import Problem
-from bench.measure import Candidate
-from bench.shapes import KV
+from bench.shapes import GPU_KV, KV, KVShape
+
+SHAPES = GPU_KV if torch.cuda.is_available() else KV
 
 
-@pytest.fixture(scope="module", params=KV)
-def problem(request):
-    return Problem(KV[request.param])
+@pytest.fixture(params=SHAPES)
+def problem(request, device) -> Callable[[], Problem]:
+    """Makes the problem of a shape; `shape` says of which."""
+    make = partial(Problem, SHAPES[request.param], device, dtype_of(device))
+    make.shape = SHAPES[request.param]
+    return make
 
 
-def test_extract(measure, problem):
-    measure(
-        "K/V out of a cache",
-        problem.shape.name,
-        [
-            Candidate("voco torch", partial(problem.extract, "torch"), problem.check_extracted),
-            Candidate("loop of index_select", problem.extract_by_loop, problem.check_extracted),
-        ],
-        work=problem.shape.moved_bytes(torch.float32) / 1e9,
-        unit="GB/s",
-    )
+def dtype_of(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def test_inject(measure, problem):
-    ours, planned, theirs = (problem.static_caches() for _ in range(3))
-    check = problem.check_injected
-    measure(
-        "K/V into a cache",
-        problem.shape.name,
-        [
-            Candidate("voco torch", partial(problem.inject, "torch", ours), check),
-            Candidate("voco torch, plan", problem.injection("torch", planned), check),
-            Candidate("loop of index_copy_", partial(problem.inject_by_index_copy, theirs), check),
-            Candidate("voco torch, dynamic cache", partial(problem.inject_into_dynamic, "torch"), check),
-            Candidate("loop of torch.cat, dynamic cache", problem.inject_by_concatenation, check),
-        ],
-        work=problem.shape.moved_bytes(torch.float32) / 1e9,
-        unit="GB/s",
-    )
+def work_of(shape: KVShape, device: torch.device) -> Work:
+    return Work(moved_bytes=shape.moved_bytes(dtype_of(device)))
 
 
-def test_host_cost(measure):
+def test_extract(measure, problem, device):
+    def candidates():
+        made = problem()
+        check = made.check_extracted
+        ours = [
+            Candidate(f"voco {name}", partial(made.extract, name), check, role=OURS) for name in gpu_kv.able(device)
+        ]
+        return [*ours, Candidate("loop of index_select", made.extract_by_loop, check)]
+
+    measure("out of a cache", problem.shape.name, candidates, work=work_of(problem.shape, device), dtype=dtype_of(device))
+
+
+def test_inject(measure, problem, device):
+    def candidates():
+        made, names = problem(), gpu_kv.able(device)
+        static = made.static_caches
+        check = made.check_injected
+        return [
+            *gpu_kv.planned(made, names),
+            Candidate(f"voco {names[0]}, without a plan", partial(made.inject, names[0], static()), check, role=OURS),
+            *gpu_kv.peers(made),
+            Candidate("voco, DynamicCache", partial(made.inject_into_dynamic, names[0]), check, role=OURS),
+        ]
+
+    measure("into a cache", problem.shape.name, candidates, work=work_of(problem.shape, device), dtype=dtype_of(device))
+
+
+def test_host_cost(measure, device):
     """All of a call but its launch, since there are no tokens; a run is 1,000 calls, so its ms are microseconds a call."""
+    if device.type == "cuda":
+        pytest.skip("gpu_check measures it with the real runtime")
     with emulated():
-        problem = without_tokens(KV["image"], "cpu")
+        problem = gpu_kv.without_tokens(KV["image"], "cpu")
         calls = {
             "voco cuda, plan": problem.injection("cuda", problem.static_caches()),
-            "voco cuda, inject_kv": partial(problem.inject, "cuda", problem.static_caches()),
+            "voco cuda, without a plan": partial(problem.inject, "cuda", problem.static_caches()),
         }
         measure(
             "1,000 calls without a launch",
             "32 separate layers",
-            [Candidate(name, partial(_repeat, call)) for name, call in calls.items()],
+            [Candidate(name, partial(_repeat, call), role=OURS) for name, call in calls.items()],
         )
 
 

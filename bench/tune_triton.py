@@ -16,8 +16,9 @@ from dataclasses import replace
 from time import monotonic
 
 import torch
+from voco_llama.bench.clock import Clock
+from voco_llama.bench.measure import first_line
 
-from bench.gpu_timing import Clock, first_line
 from bench.shapes import GPU, AttentionShape
 from voco_kernels.backends.triton import arch_of, launch
 from voco_kernels.backends.triton.launch import Launch

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import assert_error_rule, kinds_of, mask_of_layout
-from test_flash import dense_varlen
+from voco_llama.bench.clock import Ceilings
+from voco_llama.bench.measure import OURS, Comparison, Row, Work
+from voco_llama.bench.results import load
 
-from bench import gpu_check, gpu_checks, gpu_peers, gpu_timing, sanitized, verified
-from bench.gpu_table import table_lines
-from bench.measure import Candidate
+from bench import attention_peers, attention_problem, gpu_check, gpu_checks, sanitized, verified
+from bench.gpu_table import PLAN, PLAN_CPU, PLAN_DEVICE, table_lines
 from bench.shapes import GPU, AttentionShape
 from voco_kernels import Image, Text
 from voco_kernels.tiles import build_tiles, useful_pairs
@@ -235,19 +236,13 @@ def test_work_and_bytes():
     assert shape.moved_bytes(torch.bfloat16, backward=True) == 3 * shape.moved_bytes(torch.bfloat16, backward=False)
 
 
-def test_share_of_the_lower_roof():
-    ceilings = gpu_timing.Ceilings(flops=100.0, bytes=10.0)
-    assert ceilings.share(flops=200, moved_bytes=1, seconds=4) == 0.5
-    assert ceilings.share(flops=200, moved_bytes=30, seconds=4) == 0.75
-
-
 def test_share_of_the_bound_is_that_of_the_rule():
     layout = TINY["chat"].layout()
     kinds, true = kinds_of(layout), torch.randn(layout.num_tokens, 2, 8, dtype=torch.float64)
     eager = true.to(torch.bfloat16)
     for noise in (0.0, 0.01, 0.02, 0.04, 0.08, float("nan")):
         x = (true + noise * torch.randn_like(true)).to(torch.bfloat16)
-        share = gpu_peers.error_over_bound(x, eager, true, kinds)
+        share = attention_problem.error_over_bound(x, eager, true, kinds)
         try:
             assert_error_rule("x", x, eager, true, kinds)
         except AssertionError:
@@ -256,37 +251,7 @@ def test_share_of_the_bound_is_that_of_the_rule():
             assert share <= 1
 
 
-# ---- timing ------------------------------------------------------------------------------------------------------------
-
-
-def test_candidates_take_turns():
-    calls = []
-
-    def wrong(_):
-        raise AssertionError("too far off")
-
-    def fail():
-        raise torch.OutOfMemoryError("out of memory\nwith details")
-
-    candidates = [
-        Candidate("a", lambda: calls.append("a"), target=2.0),
-        Candidate("b", lambda: calls.append("b")),
-        Candidate("wrong", lambda: None, wrong),
-        Candidate("large", fail),
-    ]
-    a, b, *others = gpu_timing.time_in_turns(candidates, gpu_timing.Clock(CPU), seconds=0)
-    assert [row.status for row in others] == ["wrong: too far off", "cannot run: out of memory"]
-    assert len(a.seconds) == len(b.seconds) == gpu_timing.LEAST_ROUNDS and a.target == 2.0
-    timed = calls[-2 * gpu_timing.LEAST_ROUNDS :]
-    assert ["".join(pair) for pair in zip(timed[::2], timed[1::2])][:3] == ["ab", "ba", "ab"]
-
-
-def test_nothing_to_time():
-    [row] = gpu_timing.time_in_turns([Candidate("a", lambda: 1 / 0)], gpu_timing.Clock(CPU))
-    assert row.status == "cannot run: division by zero" and not row.seconds
-
-
-# ---- candidates --------------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------------
 
 TINY = {
     "sft": AttentionShape("sft", "", ((Image(9, 2), Text(6)), (Image(7, 1), Text(3))), True, 2, 2, 16),
@@ -300,40 +265,10 @@ def uncompiled(function, **_):
     return function
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_candidates_agree(name, backward):
-    problem = gpu_peers.Problem(TINY[name], CPU, torch.float32, "torch")
-    candidates = gpu_peers.candidates(problem, backward=backward, compiler=uncompiled)
-    rows = {row.name: row.status for row in gpu_timing.time_in_turns(candidates, gpu_timing.Clock(CPU), seconds=0)}
-    assert rows.pop(gpu_peers.SPLIT).startswith("cannot run: ")
-    if backward:
-        assert rows.pop(gpu_peers.FLEX).startswith("cannot run: ")
-    assert set(rows.values()) == {"ok"}, rows
-    assert (gpu_peers.DENSE in rows) == (name in gpu_peers.DENSE_SHAPES)
-    assert all(c.target == gpu_peers.TARGETS.get((c.name, backward), {}).get(name) for c in candidates)
-
-
-def test_a_wrong_candidate_is_found():
-    problem = gpu_peers.Problem(TINY["sft"], CPU, torch.float32, "torch")
-    blind = problem.candidate("blind", lambda q, k, v: v, problem.packed, lambda x: x, backward=False)
-    with pytest.raises(AssertionError, match="out, open rows"):
-        blind.check(blind.run())
-
-
-def test_split_with_copies():
-    shape = TINY["chat"]
-    problem = gpu_peers.Problem(shape, CPU, torch.float32, "torch")
-    attention = gpu_peers.split_with_copies(problem.layout, dense_varlen)
-    candidate = problem.candidate("split", attention, problem.packed, lambda x: x, backward=True)
-    candidate.check(candidate.run())
-
-
 def test_both_checks_find_a_wrong_backend(monkeypatch):
     shape, where = TINY["video"], (CPU, torch.float32, "torch")
-    assert set(gpu_checks.small_errors(shape, *where)) == set(gpu_peers.RESULTS)
-    problem = gpu_peers.Problem(shape, *where)
+    assert set(gpu_checks.small_errors(shape, *where)) == set(attention_problem.RESULTS)
+    problem = attention_problem.Problem(shape, *where)
     assert max(gpu_checks.full_errors(problem).values()) < 1
     monkeypatch.setattr(problem, "packed", [x + 0.1 for x in problem.packed])
     with pytest.raises(AssertionError, match="error"):
@@ -342,7 +277,7 @@ def test_both_checks_find_a_wrong_backend(monkeypatch):
 
     def noisy(*_):
         runs.append(None)
-        return dict.fromkeys(gpu_peers.RESULTS, torch.ones(1)) | {"dk": torch.full((1,), float(len(runs)))}
+        return dict.fromkeys(attention_problem.RESULTS, torch.ones(1)) | {"dk": torch.full((1,), float(len(runs)))}
 
     monkeypatch.setattr(gpu_checks, "results_of", noisy)
     with pytest.raises(AssertionError, match="dk differs from run to run"):
@@ -450,24 +385,25 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
     said = capsys.readouterr().out
     assert "tests/test_good.py: 1 passed, 0 failed, 1 skipped" in said and said.rstrip().endswith("all passed")
     assert "check video: same bits twice" in said and "check backend flash: not run" in said
-    [path] = tmp_path.glob("*-20*.json")
-    found = json.loads(path.read_text())
+    [path] = tmp_path.glob("*-check-20*.json")
+    found = load(path)
     assert found["failed"] == [] and found["tests"] == {"passed": 1, "failed": 0, "skipped": 1, "failures": []}
-    assert {(c["task"], c["shape"]) for c in found["comparisons"]} == {
-        *((task, shape) for task in ("forward", "forward_backward") for shape in ("video", "chat")),
-        ("injection", "images"),
-    }
+    assert {(row["suite"], row["task"], row["shape"]) for row in found["rows"]} == {
+        *(("attention", task, shape) for task in ("forward", "forward + backward") for shape in ("video", "chat")),
+        ("kv", "into a cache", "images"), ("plan", PLAN, "video"),
+    }  # fmt: skip
+    rows = {(row["task"], row["shape"], row["name"]): row for row in found["rows"]}
     assert "compiled module: not asked for" in said
     assert "check K/V path torch: 1 shapes keep to the error rule" in said and "inject images: voco torch" in said
-    assert found["kv"]["images"]["host_us"] > 0
-    assert {"p20_ms", "p50_ms", "p80_ms"} <= set(found["comparisons"][0]["rows"][0])
-    assert found["shapes"]["video"]["forward"]["roof"] > 0 and found["plan"]["cpu"]["p50_us"] > 0
+    assert rows[("into a cache", "images", "voco torch")]["facts"]["host_us"] > 0
+    assert rows[("forward", "video", "voco torch")]["roof"] > 0 and rows[(PLAN, "video", PLAN_CPU)]["p50_ms"] > 0
+    assert not any("blocks of 64" in name or "causal" in name for _, _, name in rows), "there is time for a few peers only"
     assert {"device", "capability", "driver", "torch", "triton", "python", "commit", "uncommitted_changes"} <= set(found)
     content = verified.load(tmp_path / "gpu_verified.json")
     assert set(content["sources"]) == {*verified.GROUPS["torch"], *verified.GROUPS["torch K/V path"]}
     [kept] = content["sources"]["voco_kernels/plan.py"].popitem()[1]["none"]
     assert kept["tests"] == {"passed": 1, "failed": 0, "skipped": 1} and set(kept["errors"]) == {"torch", "reference"}
-    assert set(kept["errors"]["torch"]) == set(gpu_peers.RESULTS) and max(kept["errors"]["torch"].values()) <= 1
+    assert set(kept["errors"]["torch"]) == set(attention_problem.RESULTS) and max(kept["errors"]["torch"].values()) <= 1
 
 
 def test_a_module_that_cannot_be_built_leaves_its_backend_out(tmp_path, some_tests, capsys, monkeypatch):
@@ -508,23 +444,28 @@ def test_a_run_out_of_time_still_ends(tmp_path, some_tests, capsys):
 
 def test_the_table_has_targets_and_gaps():
     rows = [
-        {"name": gpu_peers.OURS, "p20_ms": 0.9, "p50_ms": 1.0, "p80_ms": 1.1, "ratio": 1.0, "target": None},
-        {"name": gpu_peers.SPLIT, "p20_ms": 1.9, "p50_ms": 2.0, "p80_ms": 2.1, "ratio": 2.0, "target": 1.5},
-        {"name": gpu_peers.FLEX, "status": "cannot run: out of memory", "target": 1.5},
+        Row("voco triton", "ok", None, OURS, [0.001], 3 * 2**20),
+        Row(f"{attention_peers.SPLIT} (slow)", "ok", 1.5, seconds=[0.003]),
+        Row(f"{attention_peers.SPLIT} (torch)", "ok", 1.5, seconds=[0.002]),
+        Row(attention_peers.FLEX, "cannot run: out of memory", 1.5),
     ]
+    comparison = Comparison("attention", "forward", "video", rows, Work(0.61e6, 0))
+    plans = [Row(name, "ok", None, OURS, [1e-5], facts={"tokens": 16640}) for name in (PLAN_DEVICE, PLAN_CPU)]
     found = {
         "device": "NVIDIA H200", "capability": [9, 0], "driver": "1", "torch": "2", "triton": "3", "python": "3",
         "commit": "abc", "uncommitted_changes": True, "sanitizers": {"memcheck": "pass"}, "failed": ["plan"],
-        "tests": {"passed": 3, "failed": 0, "skipped": 1}, "ceilings": {"matmul_tflops": 790.0, "copy_gb_per_s": 4300.0},
+        "tests": {"passed": 3, "failed": 0, "skipped": 1},
+        "ceilings": {"bfloat16": {"matmul_tflops": 790.0, "copy_gb_per_s": 4300.0}},
         "checks": {"video": {"same_bits": True, "errors": {"out": 0.5, "dq": 0.75}}, "chat": {"same_bits": False}},
-        "shapes": {"video": {"forward": {"roof": 0.61, "extra_bytes": 3 * 2**20}}},
-        "comparisons": [{"task": "forward", "shape": "video", "rows": rows}],
+        "rows": comparison.as_rows(Ceilings(1e9, 1e9)) + Comparison("plan", PLAN, "video", plans).as_rows(None),
     }  # fmt: skip
     lines = table_lines(found)
     assert "capability 9.0" in lines[0] and "commit abc with uncommitted changes" in lines[0]
     assert "memcheck pass" in lines[1] and "same bits twice 1 of 2" in lines[1] and "error / bound 0.75" in lines[1]
+    assert "matmul 790 TFLOP/s" in lines[2] and "plan of 16640 tokens: 10 us (<= 30) on the device" in lines[2]
     [video] = [line.split() for line in lines if line.startswith("video")]
     assert video[:7] == ["video", "1.000", "61", "[60]", "2.00", "[1.5]", "-"]
+    assert video[-3:] == ["3", "/", "-"]
     assert lines[-1] == "FAILED: plan" and len(lines) <= 14
 
 

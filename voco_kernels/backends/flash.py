@@ -50,20 +50,23 @@ def attention(
 
     Gradients may differ in the last bits from run to run, because that backward adds up dq in any order.
     """
-    split = _split_of(layout)
-    if split.refusal is not None:
-        raise ValueError(f"backend 'flash' cannot serve this call: {split.refusal}")
-    if not split.calls:
-        # No row sees anything: zeros that still have gradients, so that a batch of padding can be trained on.
-        out, pieces = q.new_zeros(q.shape) + sum(x[:0].sum() for x in (q, k, v)), []
-    else:
-        out, pieces = _run(split.calls, q, k, v, scale)
+    out, calls, pieces = _attend(q, k, v, layout, scale, implementation)
     if not return_lse:
         return out, None
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
-    for call, piece in zip(split.calls, pieces, strict=True):
+    for call, piece in zip(calls, pieces, strict=True):
         lse[call.rows] = piece.detach()
     return out, lse
+
+
+def attention_over(
+    found: "Implementation", q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float
+) -> torch.Tensor:
+    """out of the same calls over a chosen implementation, so that benchmarks can compare all that are there.
+
+    Its lse is not read. Raises ValueError where the layout cannot be split.
+    """
+    return _attend(q, k, v, layout, scale, lambda: found)[0]
 
 
 def attention_backward(
@@ -191,20 +194,32 @@ class Call:
     max_keys: int
 
 
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, choose: Callable
+) -> tuple[torch.Tensor, tuple[Call, ...], list[torch.Tensor]]:
+    """out [N, Hq, D], its calls, and for each the lse [R, Hq] of its rows; `choose` finds the implementation."""
+    split = _split_of(layout)
+    if split.refusal is not None:
+        raise ValueError(f"backend 'flash' cannot serve this call: {split.refusal}")
+    if split.calls:
+        return _run(split.calls, q, k, v, scale, choose().varlen)
+    # No row sees anything: zeros that still have gradients, so that a batch of padding can be trained on.
+    return q.new_zeros(q.shape) + sum(x[:0].sum() for x in (q, k, v)), (), []
+
+
 def _run(
-    calls: tuple[Call, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """out [N, Hq, D], and per call the lse [R, Hq] of its rows."""
+    calls: tuple[Call, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, varlen: Callable
+) -> tuple[torch.Tensor, tuple[Call, ...], list[torch.Tensor]]:
+    """The same, where there are calls."""
     rows, keys = [call.rows for call in calls], [call.keys for call in calls]
     taken = zip(calls, _Take.apply(q, rows), _Take.apply(k, keys), _Take.apply(v, keys), strict=True)
-    varlen = implementation().varlen
     outs, lses = [], []
     for call, *inputs in taken:
         cu = (call.cu_rows, call.cu_keys, call.max_rows, call.max_keys)
         out, lse = varlen(*map(_readable, inputs), *cu, scale)
         outs.append(out)
         lses.append(lse)
-    return _Assemble.apply(q.shape, rows, *outs), lses
+    return _Assemble.apply(q.shape, rows, *outs), calls, lses
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
