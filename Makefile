@@ -15,8 +15,11 @@ STAMP := $(VENV)/.voco-installed
 PY := $(VENV)/bin/python
 endif
 
+# Of the benchmarks: PART names suites, RESULTS a file for the results, COMMIT the commit outside of git.
+RUN = $(if $(PART),--part $(PART)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-demo test test-full lint bench gpu-check wheel clean
+.PHONY: help env demo train-demo test test-full lint bench gpu-bench gpu-check wheel clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -46,8 +49,11 @@ test-full: lint ## every test, also the slow ones and, on a GPU, those that need
 lint: $(STAMP) ## check the style
 	$(PY) -m ruff check
 
-bench: $(STAMP) ## measure this machine; RESULTS=file.json keeps the numbers
-	$(PY) -m pytest bench --benchmark-only --disable-warnings $(if $(RESULTS),--results "$(RESULTS)")
+bench: $(STAMP) ## measure this machine's CPU, about ten minutes; PART="kv plan" for some suites
+	$(PY) -m bench.run --device cpu --fresh $(RUN)
+
+gpu-bench: $(STAMP) ## measure an NVIDIA GPU, suite by suite; again goes on where it was ended
+	$(PY) -m bench.run --device cuda $(RUN)
 
 gpu-check: $(STAMP) ## test, check and time the kernels on an NVIDIA GPU, and record it; COMMIT=... outside of git
 	$(PY) -m bench.gpu_check $(if $(COMMIT),--commit "$(COMMIT)")
