@@ -16,6 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from . import cache_cli
+from .bench import cli as bench_cli
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Compress images and videos into a few K/V tokens of a LLaMA, and ask about them.",
 )
 app.add_typer(cache_cli.app, name="cache")
+app.add_typer(bench_cli.app, name="bench")
 # Results go to standard output, everything else to standard error, so that --json can be piped.
 messages = Console(stderr=True)
 output = Console()
