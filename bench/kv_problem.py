@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache, StaticCache
+from voco_llama.stages import append
 
 from bench.shapes import KVShape
 from tests.reference import VOCO, assert_error_rule, eager_rotated, rotated
@@ -116,8 +117,7 @@ class Problem:
     def static_update(self):
         """transformers' static cache, into which a loop over layers puts rotated keys; filled anew by every call."""
         shape = self.shape
-        config = LlamaConfig(num_hidden_layers=shape.layers, num_attention_heads=shape.kv_heads, head_dim=shape.head_dim)
-        cache = StaticCache(config, max_cache_len=shape.tokens)
+        cache = StaticCache(self._config(), max_cache_len=shape.tokens)
         cos, sin = self._cos_sin(self.positions)
 
         def run():
@@ -130,13 +130,10 @@ class Problem:
 
         return run
 
-    def inject_into_dynamic(self, backend: str):
-        """The library, then the cache that `generate` makes by default."""
-        k, v = torch.empty_like(self.kv.k), torch.empty_like(self.kv.v)
-        inject_kv(self.kv, k, v, self.positions, self.positions, self.inv_freq, backend=backend)
-        cache = DynamicCache()
-        for layer in range(self.shape.layers):
-            cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+    def inject_into_dynamic(self):
+        """The library, into the cache that `generate` makes by default, as stage 2 does."""
+        cache = DynamicCache(config=self._config())
+        append(cache, [self.kv], self.positions, self.inv_freq, 1.0, self.dtype)
         return _tensors_of(cache)
 
     def inject_by_concatenation(self):
@@ -147,6 +144,10 @@ class Problem:
             k, v = (x[layer].transpose(0, 1)[None] for x in (self.kv.k, self.kv.v))
             cache.update(k * cos + rotate_half(k) * sin, v, layer)
         return _tensors_of(cache)
+
+    def _config(self) -> LlamaConfig:
+        shape = self.shape
+        return LlamaConfig(num_hidden_layers=shape.layers, num_attention_heads=shape.kv_heads, head_dim=shape.head_dim)
 
     def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angle = (positions.float()[:, None] * self.inv_freq).repeat(1, 2)

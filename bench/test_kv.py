@@ -52,7 +52,7 @@ def test_inject(measure, problem, device):
             *gpu_kv.planned(made, names),
             Candidate(f"voco {names[0]}, without a plan", partial(made.inject, names[0], static()), check, role=OURS),
             *gpu_kv.peers(made),
-            Candidate("voco, DynamicCache", partial(made.inject_into_dynamic, names[0]), check, role=OURS),
+            Candidate("voco, DynamicCache", made.inject_into_dynamic, check, role=OURS),
         ]
 
     measure("into a cache", problem.shape.name, candidates, work=work_of(problem.shape, device), dtype=dtype_of(device))

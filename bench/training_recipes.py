@@ -313,7 +313,7 @@ def _flex(pool: Pool, packed: list[Batch], compiler) -> Recipe:
         mask = create(rule, None, None, width, width, device=batch.index.device)
         return {"block_mask": mask, "flex": flex}
 
-    absent = None if pool.device.type == "cuda" else f"FlexAttention has no backward on a {pool.device.type}"
+    absent = None if pool.device.type == "cuda" else "FlexAttention has no backward on a CPU"
     return Recipe(FLEX, FLEX_ATTENTION, [batch_of(pool, [batch.samples], width) for batch in packed], made, absent)
 
 

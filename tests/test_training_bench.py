@@ -180,7 +180,7 @@ def test_flex_attention_has_the_same_loss(training, recipes, truth):
     with torch.no_grad():
         loss = sum(training.loss(recipes[FLEX], batch)[0] for batch in recipes[FLEX].batches)
     assert_error_rule("loss", loss[None], truth.eager["loss"], truth.x64["loss"], [OPEN])
-    assert recipes[FLEX].absent == "FlexAttention has no backward on a cpu"
+    assert recipes[FLEX].absent == "FlexAttention has no backward on a CPU"
 
 
 def causal(batch):

@@ -172,7 +172,7 @@ def forward_runs(
         if apart:
             parts = [compressed_alone(run) if stored is None else next(stored) for run in group]
             positions = torch.cat([(run.positions - shift)[run.public] for run in group])
-            _append(cache, parts, positions.to(language_model.device), inv_freq, scaling, language_model.dtype)
+            append(cache, parts, positions.to(language_model.device), inv_freq, scaling, language_model.dtype)
             continue
         for run in group:
             past = length_of(cache)
@@ -355,17 +355,30 @@ def _extract(cache: Cache, row: int, index, positions, inv_freq, scaling) -> Voc
     return extract_kv(keys, values, index, positions, inv_freq, scaling)
 
 
-def _append(cache: DynamicCache, parts: list[VocoKV], positions: torch.Tensor, inv_freq, scaling, dtype) -> None:
-    """Add compressed tokens behind the keys of a one-row cache; together, since a cache grows by being copied."""
+def append(cache: DynamicCache, parts: list[VocoKV], positions: torch.Tensor, inv_freq, scaling, dtype) -> None:
+    """Add compressed tokens behind the keys of a one-row cache; together, since a cache grows by being copied.
+
+    Args:
+        cache: made with a config, so that it has its layers; changed.
+        positions (int64 [tokens]): of the tokens of all parts.
+        dtype: of the keys and values in the cache.
+    """
     for _, alike in itertools.groupby(parts, lambda kv: kv.k.dtype):
-        kv = VocoKV.cat(list(alike))
-        k = torch.empty(kv.k.shape, dtype=dtype, device=kv.k.device)
-        v = torch.empty_like(k)
-        slots = torch.arange(kv.num_tokens, device=k.device)
-        inject_kv(kv, k, v, slots, positions[: kv.num_tokens], inv_freq, scaling)
-        positions = positions[kv.num_tokens :]
-        for layer in range(kv.num_layers):
-            cache.update(k[layer].transpose(0, 1)[None], v[layer].transpose(0, 1)[None], layer)
+        first, *others = alike
+        kv = VocoKV.cat([first, *others]) if others else first
+        layers, tokens, heads, head_dim = kv.k.shape
+        # As the cache keeps them, so that an empty one takes them as they are: [layers, 1, H, tokens, D].
+        k, v = (kv.k.new_empty(layers, 1, heads, tokens, head_dim, dtype=dtype) for _ in "kv")
+        slots = torch.arange(tokens, device=k.device)
+        inject_kv(kv, k[:, 0].transpose(1, 2), v[:, 0].transpose(1, 2), slots, positions[:tokens], inv_freq, scaling)
+        positions = positions[tokens:]
+        empty = not length_of(cache)
+        for layer in range(layers):
+            if not empty:
+                cache.update(k[layer], v[layer], layer)
+                continue
+            cache.update(k[layer, :, :, :0], v[layer, :, :, :0], layer)  # it only learns of what kind they are
+            cache.layers[layer].keys, cache.layers[layer].values = k[layer], v[layer]
 
 
 def _drop_private(cache: DynamicCache, past: int, public: torch.Tensor) -> None:

@@ -14,8 +14,8 @@ from .clock import Ceilings, Clock, release
 # A round that alone takes longer than all should is repeated FEWEST times.
 FEWEST, LEAST_ROUNDS, MOST_ROUNDS = 3, 5, 30
 
-# What a row is to its comparison. A limit gives another result, at a speed that is hardly beaten; a part is some of the work
-# of other rows.
+# What a row is to its comparison. A limit gives another result, and says what something simpler costs; a part is some of the
+# work of other rows.
 OURS, PEER, LIMIT, PART = "ours", "peer", "limit", "part"
 
 
