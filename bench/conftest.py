@@ -11,6 +11,8 @@ from voco_llama.bench.measure import MOST_ROUNDS, Candidate, Comparison, Work, c
 from voco_llama.bench.results import Results, describe_machine
 
 SECONDS = 10.0
+# The exit status where all passed, but not all was reached in time.
+UNFINISHED = 75
 SESSION = pytest.StashKey["Session"]()
 
 
@@ -19,6 +21,7 @@ class Session:
 
     Attributes:
         comparisons: what this run added to the results.
+        unfinished: by suite, how many cases were not reached in time.
     """
 
     def __init__(self, options):
@@ -30,6 +33,7 @@ class Session:
         self.results = Results(options.results, describe_machine(self.device, options.commit), resume=options.resume)
         self.clock = Clock(self.device)
         self.comparisons: list[Comparison] = []
+        self.unfinished: dict[str, int] = {}
 
     def add(self, comparison: Comparison) -> None:
         """Keep a comparison; the ceilings of its dtype are measured before the first one."""
@@ -45,7 +49,7 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, metavar="PATH", help="write the results to this JSON file, row by row")
     group.addoption("--resume", action="store_true", help="go on with that file, and leave out what it holds")
     group.addoption("--commit", help="the commit that this is, where it is no git checkout")
-    group.addoption("--device", help="cpu or cuda; the GPU where there is one")
+    group.addoption("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
     group.addoption("--minutes", type=float, default=1e6, help="begin nothing after this time")
     group.addoption("--seconds", type=float, default=SECONDS, help="about how long to time a comparison (%(default)s)")
     group.addoption("--rounds", type=int, default=MOST_ROUNDS, help="rounds of a comparison at most (%(default)s)")
@@ -87,17 +91,27 @@ def clock(session) -> Clock:
     return session.clock
 
 
-@pytest.fixture(autouse=True)
-def begin(session):
-    torch.manual_seed(0)
-    if monotonic() > session.deadline:
-        pytest.skip("not run: no time was left; --resume goes on with it")
-
-
 @pytest.fixture
 def suite(request) -> str:
     """The name of the suite, from that of its file."""
     return request.node.path.stem.removeprefix("test_")
+
+
+@pytest.fixture(autouse=True)
+def begin(session, suite):
+    torch.manual_seed(0)
+    session.unfinished.setdefault(suite, 0)
+    if monotonic() > session.deadline:
+        session.unfinished[suite] += 1
+        pytest.skip("not run: no time was left; --resume goes on with it")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    ours = session.config.stash[SESSION]
+    for suite, cases in ours.unfinished.items():
+        ours.results.set_unfinished(suite, cases)
+    if exitstatus == pytest.ExitCode.OK and any(ours.unfinished.values()):
+        session.exitstatus = UNFINISHED
 
 
 @pytest.fixture
@@ -114,8 +128,11 @@ def measure(benchmark, session, suite) -> Callable:
             session.clock.flush()
             return (next(turns),), {}
 
+        def turn(run):
+            run()  # and not its result, which pytest-benchmark would keep in memory during the next turn
+
         # pytest-benchmark times one function; the function here is whichever candidate's turn it is.
-        benchmark.pedantic(lambda run: run(), setup=next_turn, rounds=len(runs))
+        benchmark.pedantic(turn, setup=next_turn, rounds=len(runs))
         return benchmark.stats.stats.data
 
     def run(

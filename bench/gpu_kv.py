@@ -35,24 +35,36 @@ def check(shape: KVShape, device: torch.device, dtype: torch.dtype, backend: str
     problem.check_injected(problem.inject(backend, problem.static_caches()))
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as one replay of a CUDA graph; returns what the captured run returned. Itself where there is no GPU."""
-    result = run()
-    if not torch.cuda.is_available():
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run` as one replay of a CUDA graph, captured by the first call; returns what `run` returned. Itself on a CPU."""
+    if device.type != "cuda":
         return run
+    made: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+
+    def replay() -> Any:
+        if not made:
+            made.append(_capture(run))
+        graph, result = made[0]
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `run`, and the tensors that it writes, which hold nothing yet: only the graph can make them right."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
+    for x in torch.utils._pytree.tree_leaves(result):
+        if isinstance(x, torch.Tensor):
+            x.zero_()
+    return graph, result
 
 
 def able(device: torch.device) -> tuple[str, ...]:
@@ -63,9 +75,17 @@ def able(device: torch.device) -> tuple[str, ...]:
 
 
 def planned(problem: Problem, names: tuple[str, ...]) -> list[Candidate]:
-    """Injections with a plan into static caches, captured where there is a GPU, as a server would."""
-    runs = {name: captured(problem.injection(name, problem.static_caches())) for name in names}
-    return [Candidate(f"voco {name}", run, problem.check_injected, role=OURS) for name, run in runs.items()]
+    """Injections with a plan into static caches: kernels on a GPU from a graph, as a server would; `torch` as it is."""
+    return [_planned(problem, name) for name in names]
+
+
+def _planned(problem: Problem, name: str) -> Candidate:
+    run = problem.injection(name, problem.static_caches())
+    # The torch backend looks at slots on the host, which a graph cannot.
+    is_kernel = name in BACKENDS
+    run = captured(run, problem.device) if is_kernel else run
+    graph = is_kernel and problem.device.type == "cuda"
+    return Candidate(f"voco {name}", run, problem.check_injected, role=OURS, captured=graph)
 
 
 def peers(problem: Problem) -> list[Candidate]:
@@ -74,11 +94,16 @@ def peers(problem: Problem) -> list[Candidate]:
     source = torch.empty(problem.shape.moved_bytes(problem.dtype) // 2, dtype=torch.int8, device=problem.device)
     target = torch.empty_like(source)
     loop, check = partial(problem.inject_by_index_copy, problem.static_caches()), problem.check_injected
+    graph = problem.device.type == "cuda"
+
+    def candidate(name: str, run: Callable[[], Any], **options) -> Candidate:
+        return Candidate(name, captured(run, problem.device), **options, captured=graph)
+
     return [
-        Candidate(NOTHING, captured(empty_kernel(problem.device)), role=LIMIT),
-        Candidate(COPY, captured(lambda: target.copy_(source)), role=LIMIT),
-        Candidate(LOOP, captured(loop), check),
-        Candidate(STATIC, captured(problem.static_update()), check),
+        candidate(NOTHING, empty_kernel(problem.device), role=LIMIT),
+        candidate(COPY, lambda: target.copy_(source), role=LIMIT),
+        candidate(LOOP, loop, check=check),
+        candidate(STATIC, problem.static_update(), check=check),
         Candidate(CONCATENATION, problem.inject_by_concatenation, check),
     ]
 

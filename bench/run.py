@@ -5,18 +5,21 @@
 
 A part is the suite of that name. It begins nothing after `--minutes`, and what it did not reach is done by the next run,
 which goes on with the file of results where commit, versions and machine are the same, and begins a new one where not. The
-exit status is 0 where all passed, 1 where something failed, and 2 where the device is not there.
+exit status is 0 where all passed, 1 where something failed, 2 where the device is not there or an argument is wrong, and 3
+where all passed but some was not reached.
 """
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 
 import torch
-from voco_llama.bench.results import IDENTITY, Results, describe_machine, file_name, load
+from voco_llama.bench.results import Results, describe_machine, differences, file_name, load
 
+from bench.conftest import UNFINISHED
 from bench.verified import ROOT
 
 PARTS = ("plan", "kv", "attention", "two_stage", "table7", "training", "scaling")
@@ -25,32 +28,39 @@ LAST_TEST = 90
 REPORT = ROOT / "build" / "report"
 
 
-def prepare(path: Path, machine: dict, fresh: bool) -> str:
-    """Leave an old file only where a run may go on with it; what was done, in words.
+def prepare(path: Path, machine: dict, parts: Iterable[str], fresh: bool) -> str:
+    """Leave of an old file what a run may go on with, without rows that are to be measured anew; what was done, in words.
 
-    Raises ValueError where the file is no file of results.
+    Raises ValueError where the file is no file of results, or of another device.
     """
-    if path.is_file() and not fresh:
-        old = load(path)
-        changed = [key for key in IDENTITY if old[key] != machine[key]]
-        if not changed:
-            return f"going on with {path}, which has {len(old['rows'])} rows"
-    Results(path, machine).write()
-    return f"writing to {path}"
+    if not path.is_file():
+        Results(path, machine).write()
+        return f"writing to {path}"
+    old = load(path)
+    if old["device"] != machine["device"]:
+        raise ValueError(f"--results must be of this device ({machine['device']}), but {path} is of {old['device']}")
+    if changed := differences(old, machine):
+        Results(path, machine).write()
+        return f"writing to {path} anew, since this run is of {changed[0]}"
+    results = Results(path, machine, resume=True)
+    results.drop(parts if fresh else ())
+    results.write()
+    return f"going on with {path}, which keeps {len(results.content['rows'])} rows"
 
 
-def run_part(part: str, path: Path, options: argparse.Namespace) -> bool:
-    """Run a suite; whether it passed. It is ended where it hangs."""
+def run_part(part: str, path: Path, options: argparse.Namespace) -> str:
+    """Run a suite: "passed", "unfinished" or "FAILED". It is ended where it hangs."""
     command = [sys.executable, "-m", "pytest", f"bench/test_{part}.py", "--benchmark-only", "--disable-warnings", "-v"]
     command += ["--device", options.device, "--results", str(path), "--resume", "--minutes", str(options.minutes)]
     command += ["--seconds", str(options.seconds)]
     if options.commit:
         command += ["--commit", options.commit]
     try:
-        return subprocess.run(command, cwd=ROOT, timeout=60 * options.minutes + LAST_TEST).returncode == 0
+        status = subprocess.run(command, cwd=ROOT, timeout=60 * options.minutes + LAST_TEST).returncode
     except subprocess.TimeoutExpired:
         print(f"{part}: ended, since it took more than {options.minutes:g} minutes and {LAST_TEST} seconds", flush=True)
-        return False
+        return "FAILED"
+    return {0: "passed", UNFINISHED: "unfinished"}.get(status, "FAILED")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,19 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     machine = describe_machine(torch.device(options.device), options.commit)
     path = (options.results or ROOT / "bench" / "results" / file_name(machine)).absolute()
-    print(prepare(path, machine, options.fresh), flush=True)
-    failed = []
+    try:
+        print(prepare(path, machine, options.part, options.fresh), flush=True)
+    except ValueError as error:
+        parser.error(str(error))
+    became: dict[str, str] = {}
     for part in options.part:
         began = monotonic()
         print(f"\n{part}", flush=True)
-        if not run_part(part, path, options):
-            failed.append(part)
-        print(f"{part}: {monotonic() - began:.0f} s", flush=True)
+        became[part] = run_part(part, path, options)
+        print(f"{part}: {became[part]}, {monotonic() - began:.0f} s", flush=True)
     report = [sys.executable, "-m", "voco_llama.cli", "bench", "report", str(path), "--out", str(REPORT)]
-    if subprocess.run(report, cwd=ROOT).returncode:
-        failed.append("report")
-    print(f"FAILED: {', '.join(failed)}" if failed else f"all passed; results in {path}, report in {REPORT}", flush=True)
-    return 1 if failed else 0
+    became["report"] = "FAILED" if subprocess.run(report, cwd=ROOT).returncode else "passed"
+    print(f"\nresults in {path}, report in {REPORT}")
+    print("; ".join(f"{part}: {what}" for part, what in became.items()), flush=True)
+    if "FAILED" in became.values():
+        return 1
+    return 3 if "unfinished" in became.values() else 0
 
 
 if __name__ == "__main__":

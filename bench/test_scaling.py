@@ -1,16 +1,24 @@
 """What grows how fast: attention, its memory and what is made before it, with frames and with text; and first tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from voco_llama.bench import measure as rows
 from voco_llama.bench.measure import Candidate, Work
 
+import voco_kernels.backends.torch as torch_backend
 from bench import end_to_end
-from bench.attention_masks import block_masks
+from bench.attention_masks import PaddedMask, block_masks
 from bench.attention_peers import DENSE_MASK, FLEX_MASK, OURS
+from bench.gpu_checks import check_tiles
 from bench.scaling_problem import Patience, Problem, candidates, dense_absent, size_of
-from bench.shapes import FRAMES, TEXT, frames_shape, fresh, text_shape
+from bench.shapes import FRAMES, TEXT, frames_shape, text_shape
+from bench.test_plan import check_blocks, check_dense, check_flex
+from voco_kernels import VocoLayout
+from voco_kernels.backends.triton.launch import GEOMETRY
+from voco_kernels.tiles import build_tiles
 
 PATIENCE = 2.0  # seconds a call
 SERIES = {"frames": (frames_shape, FRAMES), "text": (text_shape, TEXT)}
@@ -50,20 +58,39 @@ def test_plan(measure, device, patient, x):
 
     def made():
         layout = shape.layout().to(device)
-        n = layout.num_tokens
-        found = [
-            Candidate(OURS, lambda: fresh(layout, device).prepare(), role=rows.OURS),
-            Candidate(DENSE_MASK, layout.dense_mask, absent=dense_absent(n, torch.bool, device)),
-            Candidate(FLEX_MASK, block_masks(layout, create_of(device))),
-        ]
-        return patient(task).apply(found, n)
+        found = [_plan(layout), _dense_mask(layout), _block_mask(layout)]
+        return patient(task).apply(found, layout.num_tokens)
 
     measure(task, shape.name, made, x=x)
 
 
-def create_of(device: torch.device):
-    """create_block_mask, compiled on a GPU; on a CPU compiling takes longer than any size that fits."""
-    return torch.compile(create_block_mask, dynamic=False) if device.type == "cuda" else create_block_mask
+def _plan(layout: VocoLayout) -> Candidate:
+    """What the backend of this device makes of a layout that it has not seen."""
+    host = layout.to("cpu")
+    if layout.device.type == "cpu":
+        build = partial(torch_backend._build_blocks, layout)
+        return Candidate(OURS, build, partial(check_blocks, host=host), role=rows.OURS)
+    # Only here is Triton needed.
+    from voco_kernels.backends.triton.plan import build_tiles_on_gpu
+
+    def check(plan):
+        check_tiles(plan, build_tiles(host, GEOMETRY))
+
+    return Candidate(OURS, partial(build_tiles_on_gpu, layout, GEOMETRY), check, role=rows.OURS)
+
+
+def _dense_mask(layout: VocoLayout) -> Candidate:
+    mask, absent = PaddedMask(layout), dense_absent(layout.num_tokens, torch.bool, layout.device)
+    return Candidate(DENSE_MASK, mask.build, partial(check_dense, layout=layout), absent=absent)
+
+
+def _block_mask(layout: VocoLayout) -> Candidate:
+    """Compiled on a GPU. On a CPU not: that takes a quarter of a minute for every size; suite "plan" has it for two."""
+    check = partial(check_flex, layout=layout)
+    if layout.device.type == "cpu":
+        return Candidate(f"{FLEX_MASK} (not compiled)", block_masks(layout, create_block_mask), check)
+    torch._dynamo.reset()
+    return Candidate(FLEX_MASK, block_masks(layout, torch.compile(create_block_mask, dynamic=False)), check)
 
 
 @pytest.mark.parametrize("x", FRAMES)

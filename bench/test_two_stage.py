@@ -1,4 +1,7 @@
-"""Two-stage inference: what stage 1 costs, and answers of a few tokens in all ways to give them."""
+"""Two-stage inference as `compress` and `generate` have it: stage 1, and answers of a few tokens in all ways to give them.
+
+These are eager calls. On a GPU Python takes most of their time; suite "table7" measures what graphs leave.
+"""
 
 import pytest
 from voco_llama.bench.measure import OURS, PART, Candidate

@@ -30,6 +30,8 @@ class Candidate:
         target: the wanted ratio of its median to the first candidate's; for tables, never enforced.
         role: OURS, PEER, LIMIT or PART.
         absent: why it is not run here, such as a package that is not installed; None where it is.
+        unchecked: why there is no `check` of one that claims to do the whole task; None where there is one.
+        captured: whether it replays a CUDA graph, whose memory no allocator sees.
         facts: what else a reader wants to know of it, for its row.
     """
 
@@ -40,6 +42,8 @@ class Candidate:
     role: str = PEER
     absent: str | None = None
     facts: dict = field(default_factory=dict)
+    unchecked: str | None = None
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,15 @@ def compare(
         seconds: about how long the rounds may take; at least LEAST_ROUNDS are run, or FEWEST of very slow ones.
         drive: runs what it is given, one after the other, and returns the seconds of each; the clock where None.
     """
+    for c in candidates:
+        if c.role in (OURS, PEER) and c.absent is None and (c.check is None) == (c.unchecked is None):
+            raise ValueError(f"check or unchecked must be given of {c.name!r}, and not both")
     rows = [Row(c.name, _status(c, clock), c.target, c.role, facts=dict(c.facts)) for c in candidates]
-    timed = [(row, candidate.run) for row, candidate in zip(rows, candidates, strict=True) if row.status == "ok"]
+    tried = [(row, candidate) for row, candidate in zip(rows, candidates, strict=True) if row.status == "ok"]
+    once = sum(_try_once(row, candidate, clock) for row, candidate in tried)
+    timed = [(row, candidate.run) for row, candidate in tried if row.status == "ok"]
     if not timed:
         return rows
-    for row, run in timed:  # the second warm-up; the check was the first
-        row.peak_bytes = clock.peak_bytes(run)
-    once = sum(clock.time(run) for _, run in timed)
     least = FEWEST if once > seconds else LEAST_ROUNDS
     rounds = min(most_rounds, max(least, int(seconds / max(once, 1e-9))))
     order = [pair for turn in range(rounds) for pair in _rotated(timed, turn)]
@@ -166,6 +172,19 @@ def compare(
     for (row, _), time in zip(order, taken, strict=True):
         row.seconds.append(time)
     return rows
+
+
+def _try_once(row: Row, candidate: Candidate, clock: Clock) -> float:
+    """Seconds of a run, after one that shows its memory (the second warm-up; the check was the first)."""
+    try:
+        peak = clock.peak_bytes(candidate.run)
+        row.peak_bytes = None if candidate.captured else peak
+        return clock.time(candidate.run)
+    # The check's run may have had more memory than there is now.
+    except Exception as error:
+        row.status, row.peak_bytes = f"cannot run: {first_line(error)}", None
+        release(clock.device)
+        return 0.0
 
 
 def _status(candidate: Candidate, clock: Clock) -> str:
