@@ -406,6 +406,24 @@ def test_compress_tokens_and_pixels(model):
         assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v) and "processor" not in a.meta
 
 
+def test_rows_with_voco_tokens_in_different_places(model):
+    """What is before the image belongs to its segment, so rows of one width may have more of that and fewer VoCo tokens."""
+    config = model.config
+    x = model.processor(pictures(4), ["<image>"] * 4, 2)
+    ids, word = x["input_ids"], config.text_config.vocab_size - 1
+    assert word not in (config.image_token_id, config.voco_token_id, config.image_start_id)
+    ids[1::2, 1:] = ids[1::2, :-1].clone()  # one VoCo token less at the end
+    ids[1::2, 0] = word
+    together = model.compress(input_ids=ids, pixel_values=x["pixel_values"])
+    assert [kv.num_tokens for kv in together] == [2, 1, 2, 1]
+    for row, kv in enumerate(together):
+        rows = slice(row, row + 1)
+        (alone,) = model.compress(input_ids=ids[rows], pixel_values=x["pixel_values"][rows])
+        torch.testing.assert_close(kv.k, alone.k, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kv.v, alone.v, rtol=1e-4, atol=1e-4)
+        assert kv.segments == alone.segments and kv.k.untyped_storage().nbytes() == kv.k.nbytes
+
+
 def test_compressed_images_differ(model):
     a, b = model.compress(pictures(2))
     assert (a.k - b.k).abs().max() > 0.1 and (a.v - b.v).abs().max() > 0.1

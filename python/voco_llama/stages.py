@@ -88,13 +88,10 @@ def compress(model, input_ids: torch.Tensor, pixel_values: torch.Tensor, meta: d
     output = model.model(
         input_ids=input_ids.to(device), pixel_values=pixel_values.to(device, model.dtype), use_cache=True
     )
-    cache = getattr(output, CACHE_NAME)
     results = []
-    for row in range(rows):
-        index = public[row].nonzero()[:, 0].to(device)
-        kv = _extract(cache, row, index, index, inv_freq, scaling)
+    for row, kv in enumerate(_extract_rows(getattr(output, CACHE_NAME), public, inv_freq, scaling)):
         info = {**meta, "image": pixels_digest(pixel_values[row]), "prompt": _digest(input_ids[row])}
-        counts = (width - len(index), len(index))
+        counts = (width - kv.num_tokens, kv.num_tokens)
         results.append(VocoKV(kv.k, kv.v, segments=[counts], meta=info))
     return results
 
@@ -353,6 +350,23 @@ def _extract(cache: Cache, row: int, index, positions, inv_freq, scaling) -> Voc
     keys = [layer.keys[row].transpose(0, 1) for layer in cache.layers]
     values = [layer.values[row].transpose(0, 1) for layer in cache.layers]
     return extract_kv(keys, values, index, positions, inv_freq, scaling)
+
+
+def _extract_rows(cache: Cache, public: torch.Tensor, inv_freq, scaling) -> list[VocoKV]:
+    """The K/V of each row's public tokens (bool [B, S]): one extraction for all rows that have them in the same places."""
+    patterns, kinds = public.unique(dim=0, return_inverse=True)
+    found: dict[int, VocoKV] = {}
+    for kind, pattern in enumerate(patterns):
+        rows, columns = (kinds == kind).nonzero()[:, 0], pattern.nonzero()[:, 0]
+        device, count = cache.layers[0].keys.device, len(columns)
+        chosen = (rows[:, None].to(device), slice(None), columns.to(device))
+        keys, values = ([x[chosen].flatten(0, 1) for x in side] for side in zip(*((y.keys, y.values) for y in cache.layers)))
+        positions = columns.repeat(len(rows)).to(device)
+        kv = extract_kv(keys, values, torch.arange(len(positions), device=device), positions, inv_freq, scaling)
+        for row, *sides in zip(rows.tolist(), kv.k.split(count, dim=1), kv.v.split(count, dim=1)):
+            # Copies: one image must not keep the memory of all.
+            found[row] = VocoKV(*(x.clone(memory_format=torch.contiguous_format) for x in sides))
+    return [found[row] for row in range(len(public))]
 
 
 def append(cache: DynamicCache, parts: list[VocoKV], positions: torch.Tensor, inv_freq, scaling, dtype) -> None:
