@@ -95,7 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     print("; ".join(f"{part}: {what}" for part, what in became.items()), flush=True)
     if "FAILED" in became.values():
         return 1
-    return 3 if "unfinished" in became.values() else 0
+    if "unfinished" in became.values():
+        print("time ended before all was reached; the same command goes on with it")
+        return 3
+    return 0
 
 
 if __name__ == "__main__":

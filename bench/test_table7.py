@@ -12,10 +12,12 @@ def test_table7(benchmark, model, device, session, add_comparison):
     if model not in MODELS[device.type]:
         pytest.skip(f"{model} is not for a {device.type}")
     settings = Settings(seconds=session.seconds)
-    if session.results.has(*settings.last(device, model)):
+    # One model makes all of them, so it is loaded again where any failed or is not there.
+    if all(session.results.has(*key) for key in settings.keys(device, model)):
         pytest.skip("it is in the results already")
+    failed = []
     for comparison in comparisons(device, model, settings):
         if not session.results.has(comparison.suite, comparison.task, comparison.shape):
             add_comparison(comparison)
-        for row in comparison.rows:
-            assert row.status == "ok", f"{comparison.task}, {row.name}: {row.status}"
+        failed += [f"{comparison.task}, {row.name}: {row.status}" for row in comparison.rows if row.status != "ok"]
+    assert not failed, "; ".join(failed)

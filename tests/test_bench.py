@@ -90,14 +90,15 @@ def test_who_claims_to_do_the_task_must_be_checked():
     compare([Candidate("a", lambda: None, role=LIMIT)], Clock(CPU), most_rounds=1)
 
 
-def test_what_fails_after_its_check_leaves_the_others(monkeypatch):
-    """As an implementation whose second run finds less memory than its first."""
+@pytest.mark.parametrize("good", [1, 2, 3, 5])
+def test_what_fails_after_its_check_leaves_the_others(good, monkeypatch):
+    """As an implementation whose later runs find less memory than its first."""
     released, runs = [], []
     monkeypatch.setattr(measure, "release", released.append)
 
     def once():
         runs.append(None)
-        if len(runs) > 1:
+        if len(runs) > good:
             raise torch.OutOfMemoryError("out of memory")
 
     rows = compare([Candidate("a", once, role=PART), Candidate("b", lambda: None, role=PART)], Clock(CPU), most_rounds=5)
@@ -526,7 +527,7 @@ def test_parts_run_one_after_the_other(failing, code, status, last, tmp_path, mo
             "--minutes", "2.0", "--seconds", "7.0", "--commit", "feed",
         ]  # fmt: skip
     assert commands[2][-5:] == ["bench", "report", str(path), "--out", str(run.REPORT)]
-    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert last in capsys.readouterr().out.splitlines()
 
 
 def machine_of_a_test():

@@ -16,9 +16,14 @@ from voco_llama.bench import derived as rates
 import bench.training_problem as problem_module
 from bench.lengths import LONGEST, QUANTILES, SHORTEST, length_at, text_lengths
 from bench.training_problem import (
+    GRADIENT_EPS,
+    INPUTS,
+    LOSS,
+    LOSS_EPS,
     Problem,
     Training,
     Truth,
+    assert_agree,
     fitted,
     gate_shape,
     layers_that_fit,
@@ -54,7 +59,12 @@ TINY = replace(
     samples=7,
     batch=3,
     capacity=60,
+    targets={GROUPED: 1.5, RANDOM: 2.5},
+    mfu_target=0.3,
 )
+
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def uncompiled(function, **options):
@@ -153,6 +163,16 @@ def test_padding_is_what_rows_are_filled_up_with():
     assert slots[FLEX] < slots[GROUPED] < slots[RANDOM]
 
 
+def test_what_a_layout_costs_is_paid_where_the_row_says_so(recipes):
+    """A data loader hands over layouts with their tiles; the second row makes a bare one in every step."""
+    (kept, again), (new, other) = (
+        [recipes[name].made(recipes[name].batches[0])["voco_layout"] for _ in range(2)] for name in (OURS, BUILT)
+    )
+    assert kept is again and kept.tiles is not None
+    assert new is not other and new is not kept and new.tiles is None
+    assert (mask_of_layout(new) == mask_of_layout(kept)).all()
+
+
 # ---- masks -------------------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +234,32 @@ def test_a_wrong_recipe_is_caught(defect, dtype):
     training = Training.of(Pool(replace(TINY, vision=20, text_divisor=10, capacity=160), CPU, dtype))
     recipes = {recipe.name: recipe for recipe in recipes_of(training.pool, uncompiled)}
     assert set(verdicts_on(training, [recipes[OURS], recipes[RANDOM]]).values()) == {None}
-    verdicts = verdicts_on(training, [wrong_recipes(recipes)[defect]])
-    assert all(isinstance(verdict, AssertionError) for verdict in verdicts.values())
+    wrong = wrong_recipes(recipes)[defect]
+    assert all(isinstance(verdict, AssertionError) for verdict in verdicts_on(training, [wrong]).values())
+    # And by what full sizes are held to.
+    first, lengths = training.gradients(recipes[OURS]), training.pool.lengths
+    assert_agree(training.gradients(recipes[RANDOM]), first, lengths)
+    with pytest.raises(AssertionError, match="off the first recipe's"):
+        assert_agree(training.gradients(wrong), first, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_agreement_is_granted_little(dtype):
+    """By hand: a loss, a weight, and two samples of inputs, the first of them short."""
+    eps = torch.finfo(dtype).eps
+    first = {LOSS: torch.tensor([4.0]), "weight": torch.ones(3, 3), INPUTS: torch.tensor([[1.0], [100.0], [100.0]])}
+    first = {name: x.to(dtype) for name, x in first.items()}
+    assert (LOSS_EPS, GRADIENT_EPS) == (4, 32)
+    assert_agree(first, first, [1, 2])
+    for name, granted in ((LOSS, 4), ("weight", 32), (INPUTS, 32)):
+        for factor in (granted - 2, granted + 2, float("nan")):
+            x = first[name].clone()
+            (x[:1] if name == INPUTS else x).mul_(1 + factor * eps)
+            if factor == granted - 2:
+                assert_agree(first | {name: x}, first, [1, 2])
+                continue
+            with pytest.raises(AssertionError, match=f"{name}{' of sample 0' * (name == INPUTS)} is .* off"):
+                assert_agree(first | {name: x}, first, [1, 2])
 
 
 def test_a_recipe_that_cannot_run_says_why(training, recipes):
@@ -235,17 +279,6 @@ def test_a_step_does_all_the_work_and_changes_no_weight(training, recipes, truth
     trained = [x for x, state in training._optimizer.state.items() if state["exp_avg"].abs().max() > 0]
     # All but the embeddings of tokens: inputs are embeddings already.
     assert len(trained) == len(before) - 1
-
-
-def test_checkpointing_recomputes_every_layer(training, recipes, monkeypatch):
-    """Its gradients are right above; here, that it is switched on and off."""
-    layers = Counter()
-    forward = modeling_llama.LlamaMLP.forward
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: layers.update([self]) or forward(self, x))
-    for checkpointed, runs in ((False, 1), (True, 2), (False, 1)):
-        layers.clear()
-        training.step(recipes[OURS], checkpointed)
-        assert set(layers.values()) == {runs * len(recipes[OURS].batches)} and len(layers) == TINY.layers
 
 
 @pytest.fixture
@@ -383,13 +416,53 @@ def test_candidates_are_checked_before_they_are_timed(problem):
     assert list(candidates) == [OURS, GROUPED, RANDOM, FLEX] and candidates[FLEX].absent
     for name in (OURS, GROUPED, RANDOM):
         candidates[name].check(candidates[name].run())
-    with pytest.raises(AssertionError, match=r"loss .*, but .* by the first recipe"):
-        candidates[RANDOM].check(torch.tensor(1.0))
-    with pytest.raises(AssertionError, match="loss nan"):
+    loss = candidates[OURS].run()
+    candidates[RANDOM].check(loss * (1 + 3 * EPS))
+    with pytest.raises(AssertionError, match="loss is .* off the first recipe's"):
+        candidates[RANDOM].check(loss * (1 + 6 * EPS))
+    with pytest.raises(AssertionError, match="loss is nan off"):
         candidates[RANDOM].check(torch.tensor(float("nan")))
     problem._verdicts[RANDOM, False] = AssertionError("not what it should be")
     with pytest.raises(AssertionError, match="not what it should be"):
-        problem.candidates(False)[3].check(torch.tensor(0.0))
+        problem.candidates(False)[3].check(loss)
+
+
+def test_the_mask_of_the_full_size_is_checked_too(problem):
+    """A recipe that is right on the small model only; its loss would pass."""
+    problem._recipes[3] = replace(problem._recipes[3], made=causal)
+    ours, _, _, wrong, _ = problem.candidates(False)
+    loss = ours.run()
+    ours.check(loss)
+    with pytest.raises(AssertionError, match="gradient of .* off the first recipe's"):
+        wrong.check(loss)
+
+
+def test_a_first_recipe_without_a_number_is_wrong_itself(problem):
+    ours, _, _, padded, _ = problem.candidates(False)
+    with pytest.raises(AssertionError, match="loss is nan off"):
+        ours.check(torch.tensor(float("nan")))
+    padded.check(padded.run())
+
+
+def test_a_checkpointed_task_recomputes_every_layer(problem, monkeypatch):
+    """Its gradients are right above; here, that what is timed is switched on and off."""
+    layers = Counter()
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: layers.update([self]) or forward(self, x))
+    for checkpointed, runs in ((False, 1), (True, 2), (False, 1)):
+        layers.clear()
+        candidate = problem.candidates(checkpointed)[0]
+        candidate.run()
+        assert list(layers.values()) == [runs * candidate.facts["micro_batches"]] * TINY.layers
+        assert candidate.facts["checkpointing"] is checkpointed
+
+
+def test_targets_are_those_of_the_shape(problem):
+    for checkpointed in (False, True):
+        for candidate in problem.candidates(checkpointed):
+            assert candidate.target == {GROUPED: 1.5, RANDOM: 2.5}.get(candidate.name)
+            wanted = 0.3 if candidate.name == OURS and not checkpointed else None
+            assert candidate.facts["mfu_target"] == wanted, candidate.name
 
 
 def test_facts_are_what_rates_follow_from(problem):
@@ -412,10 +485,14 @@ def test_rates_of_a_row():
 
 
 def test_peaks_are_those_of_known_gpus(monkeypatch):
-    name = "NVIDIA H200"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     gpu = torch.device("cuda")
-    assert rates.peak_flops(gpu, torch.bfloat16) == 989e12
+    # Dense: NVIDIA's data sheets print twice as much, with sparsity.
+    a100 = "A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"
+    sold = {f"NVIDIA {name}": 312e12 for name in a100} | {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+    assert set(rates.PEAK_FLOPS) == set(sold)
+    for name, peak in sold.items():
+        assert rates.peak_flops(gpu, torch.bfloat16) == peak, name
     assert rates.peak_flops(gpu, torch.float32) is None and rates.peak_flops(CPU, torch.bfloat16) is None
     name = "NVIDIA H200 MIG 1g.18gb"
     assert rates.peak_flops(gpu, torch.bfloat16) is None

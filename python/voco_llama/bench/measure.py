@@ -162,7 +162,7 @@ def compare(
     rows = [Row(c.name, _status(c, clock), c.target, c.role, facts=dict(c.facts)) for c in candidates]
     tried = [(row, candidate) for row, candidate in zip(rows, candidates, strict=True) if row.status == "ok"]
     once = sum(_try_once(row, candidate, clock) for row, candidate in tried)
-    timed = [(row, candidate.run) for row, candidate in tried if row.status == "ok"]
+    timed = [(row, _guarded(row, candidate.run, clock)) for row, candidate in tried if row.status == "ok"]
     if not timed:
         return rows
     least = FEWEST if once > seconds else LEAST_ROUNDS
@@ -170,8 +170,23 @@ def compare(
     order = [pair for turn in range(rounds) for pair in _rotated(timed, turn)]
     taken = (drive or clock.drive)([run for _, run in order])
     for (row, _), time in zip(order, taken, strict=True):
-        row.seconds.append(time)
+        if row.status == "ok":
+            row.seconds.append(time)
     return rows
+
+
+def _guarded(row: Row, run: Callable[[], Any], clock: Clock) -> Callable[[], Any]:
+    """`run`, whose failure in some later round ends its own row alone."""
+
+    def guarded() -> Any:
+        if row.status != "ok":
+            return None
+        try:
+            return run()
+        except Exception as error:
+            _fail(row, error, clock)
+
+    return guarded
 
 
 def _try_once(row: Row, candidate: Candidate, clock: Clock) -> float:
@@ -182,9 +197,13 @@ def _try_once(row: Row, candidate: Candidate, clock: Clock) -> float:
         return clock.time(candidate.run)
     # The check's run may have had more memory than there is now.
     except Exception as error:
-        row.status, row.peak_bytes = f"cannot run: {first_line(error)}", None
-        release(clock.device)
+        _fail(row, error, clock)
         return 0.0
+
+
+def _fail(row: Row, error: Exception, clock: Clock) -> None:
+    row.status, row.peak_bytes = f"cannot run: {first_line(error)}", None
+    release(clock.device)
 
 
 def _status(candidate: Candidate, clock: Clock) -> str:

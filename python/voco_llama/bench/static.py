@@ -110,7 +110,6 @@ class StaticRun:
         memory: the StaticMemory, of its own.
         tokens (int64 [B, answer]): what `answer` wrote.
         logits ([B, vocabulary]), token (int64 [B, 1]): of the last new token, which the next step reads.
-        graphs: whether CUDA graphs are replayed.
     """
 
     @torch.no_grad()
@@ -146,7 +145,6 @@ class StaticRun:
         self.logits = torch.zeros(len(text), model.config.text_config.vocab_size, dtype=model.dtype, device=device)
         # Without anything in the cache, causal attention needs no mask and has faster kernels.
         self._mask = self._causal(self._positions) if past else None
-        self.graphs = device.type == "cuda"
         self.first = _captured(self._first, device)
         self.step = _captured(self._step, device)
 
@@ -200,13 +198,14 @@ def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], Non
     """On a GPU the replay of a CUDA graph of `run`, which is run once before; elsewhere `run` itself."""
     if device.type != "cuda":
         return run
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
+    aside, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    aside.wait_stream(current)
     with torch.cuda.stream(aside):
         run()
-    torch.cuda.current_stream(device).wait_stream(aside)
+    current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer one: a capture that fails does not put back the stream itself.
+    with torch.cuda.stream(current), torch.cuda.graph(graph):
         run()
     return graph.replay
 

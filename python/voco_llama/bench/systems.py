@@ -6,6 +6,7 @@ Every system pays for whatever it has to do for a question: the vision tower, or
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
@@ -38,23 +39,39 @@ def flops_of_question(config: VocoLlavaConfig, cached: int, image: int, text: in
 
 
 @dataclass
+class Ready:
+    """All that a system needs on the device to answer a batch of questions.
+
+    Attributes:
+        stored, bind: see `loader`.
+    """
+
+    run: StaticRun
+    stored: Sequence[torch.Tensor]
+    bind: Callable[[Sequence[torch.Tensor]], Callable[[], None]]
+
+
+@dataclass
 class System:
-    """One system, ready to answer a batch of questions.
+    """What is known of a system before anything is allocated.
 
     Attributes:
         voco: VoCo tokens of an image; 0 where it is not compressed.
         cached: tokens of one image whose K/V are stored.
         kv_bytes: of the stored K/V of one image.
-        stored, bind: see `loader`.
+        make: allocates, stores and captures.
     """
 
     name: str
     voco: int
     cached: int
     kv_bytes: int
-    run: StaticRun
-    stored: Sequence[torch.Tensor]
-    bind: Callable[[Sequence[torch.Tensor]], Callable[[], None]]
+    make: Callable[[], Ready]
+
+    @cached_property
+    def ready(self) -> Ready:
+        """Made at the first use, so that a system that has no room fails alone; tried again after a failure."""
+        return self.make()
 
 
 class Questions:
@@ -88,8 +105,27 @@ class Questions:
     def _run(self, cached: int, image: Callable[[], torch.Tensor] | None = None) -> StaticRun:
         return StaticRun(self.model, self.llama, self.text, cached, self.answer, image)
 
+    def _kv_bytes(self, tokens: int) -> int:
+        """Of the K/V of `tokens` tokens of one image."""
+        config = self.llama.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return 2 * tokens * width * self.model.dtype.itemsize
+
     def no_cache(self) -> System:
         """The image goes through the vision tower, the projector and the LLaMA."""
+        return System(NO_CACHE, 0, 0, 0, self._no_cache)
+
+    def full_caching(self) -> System:
+        """The K/V of all tokens of the image, rotated, are copied into the cache."""
+        length = len(self.prefix)
+        return System(FULL, 0, length, self._kv_bytes(length), self._full_caching)
+
+    def voco(self, count: int) -> System:
+        """The K/V of the VoCo tokens, not rotated, are injected into the cache."""
+        return System(f"voco {count}", count, count, self._kv_bytes(count), partial(self._voco, count))
+
+    def _no_cache(self) -> Ready:
         pixels = torch.empty_like(self.pixels)
         start = self.prefix[: len(self.prefix) - self.model.config.image_seq_length].expand(len(self.text), -1)
 
@@ -101,10 +137,9 @@ class Questions:
         def bind(stored):
             return lambda: pixels.copy_(stored[0])
 
-        return System(NO_CACHE, 0, 0, 0, self._run(0, image), [self.pixels], bind)
+        return Ready(self._run(0, image), [self.pixels], bind)
 
-    def full_caching(self) -> System:
-        """The K/V of all tokens of the image, rotated, are copied into the cache."""
+    def _full_caching(self) -> Ready:
         run = self._run(len(self.prefix))
         place = run.memory.tensor[..., : len(self.prefix), :]
         stored = torch.empty(place.shape, dtype=place.dtype, device=place.device)
@@ -116,11 +151,9 @@ class Questions:
         def bind(stored):
             return lambda: place.copy_(stored[0])
 
-        kv_bytes = stored.nbytes // len(self.pixels)
-        return System(FULL, 0, len(self.prefix), kv_bytes, run, [stored], bind)
+        return Ready(run, [stored], bind)
 
-    def voco(self, count: int) -> System:
-        """The K/V of the VoCo tokens, not rotated, are injected into the cache."""
+    def _voco(self, count: int) -> Ready:
         segments = self.prompts(count)[:, : len(self.prefix) + count]
         images = range(len(self.pixels))
         # Not `model.compress`, which would hash all weights for the origin of the K/V.
@@ -138,7 +171,7 @@ class Questions:
             kv = VocoKV(*stored)
             return lambda: plan.inject(kv)
 
-        return System(f"voco {count}", count, count, kv.nbytes // len(images), run, [kv.k, kv.v], bind)
+        return Ready(run, [kv.k, kv.v], bind)
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Every system runs the same plain LLaMA over the same kind of static cache, on a 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -15,7 +16,7 @@ from ..demo import MODEL
 from .clock import Clock, release
 from .measure import OURS, PEER, Candidate, Comparison, compare
 from .paper import FULL, NO_CACHE
-from .static import loader, plain_llama
+from .static import StaticRun, loader, plain_llama
 from .systems import Questions, System, Truth, flops_of_question, truths
 
 SUITE = "table7"
@@ -154,9 +155,11 @@ class Settings:
         if not self.seconds > 0:
             raise ValueError(f"seconds must be positive, but was {self.seconds}")
 
-    def last(self, device: torch.device, name: str) -> tuple[str, str, str]:
-        """Suite, task and shape of the comparison that comes last: where it is there, all are."""
-        return SUITE, DECODE.format(self.requests_on(device)), self.shape(name)
+    def keys(self, device: torch.device, name: str) -> list[tuple[str, str, str]]:
+        """Suite, task and shape of every comparison of a model, in order."""
+        tasks = [(task + place).format(self.new_tokens) for task in (FIRST, ANSWER) for place in places_on(device)]
+        tasks.append(DECODE.format(self.requests_on(device)))
+        return [(SUITE, task, self.shape(name)) for task in tasks]
 
     def requests_on(self, device: torch.device) -> int:
         """Concurrent questions on a device."""
@@ -165,6 +168,11 @@ class Settings:
     def shape(self, name: str) -> str:
         """How tables call a model that is asked this."""
         return f"{name}, {self.text} text tokens"
+
+
+def places_on(device: torch.device) -> tuple[str, ...]:
+    """Where stored K/V start, as a part of a task's name. Without a GPU the device and the host are one memory."""
+    return ("", FROM_HOST) if device.type == "cuda" else ("",)
 
 
 def comparisons(
@@ -221,20 +229,16 @@ class Measured:
         self.on_gpu = clock.device.type == "cuda"
 
     def single(self, vocos: Sequence[int]) -> Iterator[Comparison]:
-        """One question: to the first token and to the last, what is stored on the device or in host memory.
-
-        Without a GPU these two are one memory.
-        """
+        """One question: to the first token and to the last, what is stored on the device or in host memory."""
         settings = self.settings
         questions = Questions(self.model, self.llama, 1, settings.text, settings.new_tokens)
         self.report("plain forwards to compare with")
         counts = (*vocos, 0)
         prompts = [(questions.prompts(n)[0], questions.pixels[0]) for n in counts]
         expected = dict(zip(counts, truths(self.model, prompts)))
-        self.report("stored K/V" + self.on_gpu * " and CUDA graphs")
         systems = [*map(questions.voco, vocos), questions.full_caching(), questions.no_cache()]
         for task, to_first in ((FIRST, True), (ANSWER, False)):
-            for place in ("", FROM_HOST) if self.on_gpu else ("",):
+            for place in places_on(self.clock.device):
                 make = self._to_first if to_first else self._to_last
                 candidates = [make(system, expected[system.voco], task + place) for system in systems]
                 yield self._compare((task + place).format(settings.new_tokens), candidates)
@@ -243,9 +247,9 @@ class Measured:
         load = self._loader(system, task)
 
         def run() -> torch.Tensor:
-            load()
-            system.run.first()
-            return system.run.logits
+            load()()
+            system.ready.run.first()
+            return system.ready.run.logits
 
         return self._candidate(system, task, run, lambda logits: truth.check_logits(logits[0]))
 
@@ -253,16 +257,22 @@ class Measured:
         load = self._loader(system, task)
 
         def run() -> torch.Tensor:
-            load()
-            return system.run.answer()
+            load()()
+            return system.ready.run.answer()
 
         def check(tokens: torch.Tensor) -> None:
-            truth.check_answer(self.model, tokens[0], system.run.logits[0])
+            truth.check_answer(self.model, tokens[0], system.ready.run.logits[0])
 
         return self._candidate(system, task, run, check)
 
-    def _loader(self, system: System, task: str) -> Callable[[], None]:
-        return loader(system.stored, system.bind, from_host=task.endswith(FROM_HOST))
+    def _loader(self, system: System, task: str) -> Callable[[], Callable[[], None]]:
+        """What returns the `loader` of a task, made at the first call: in a run, where a failure is that run's alone."""
+
+        @cache
+        def made() -> Callable[[], None]:
+            return loader(system.ready.stored, system.ready.bind, from_host=task.endswith(FROM_HOST))
+
+        return made
 
     def batched(self, vocos: Sequence[int]) -> Comparison:
         """One decode step of many questions about different images."""
@@ -273,7 +283,6 @@ class Measured:
         checked = list(itertools.product((*vocos, 0), sorted({0, requests - 1})))
         prompts = [(torch.cat([questions.prompts(n)[i], questions.next[i]]), questions.pixels[i]) for n, i in checked]
         expected = dict(zip(checked, truths(self.model, prompts)))
-        self.report(f"stored K/V of {requests} images")
         candidates = []
         for system in [*map(questions.voco, vocos), questions.full_caching()]:
             mine = {row: truth for (n, row), truth in expected.items() if n == system.voco}
@@ -282,14 +291,19 @@ class Measured:
 
     def _step(self, system: System, token: torch.Tensor, expected: dict[int, Truth]) -> Candidate:
         """A decode step that reads `token` (int64 [B, 1]) behind questions that are in the cache already."""
-        system.bind(system.stored)()
-        system.run.first()
-        system.stored = ()  # the cache holds them now
+
+        @cache
+        def asked() -> StaticRun:
+            ready = system.ready
+            ready.bind(ready.stored)()
+            ready.run.first()
+            ready.stored = ()  # the cache holds them now
+            return ready.run
 
         def run() -> torch.Tensor:
-            system.run.rewind(token)
-            system.run.step()
-            return system.run.logits
+            asked().rewind(token)
+            asked().step()
+            return asked().logits
 
         def check(logits: torch.Tensor) -> None:
             for row, truth in expected.items():
@@ -305,6 +319,7 @@ class Measured:
             check=check,
             target=TARGETS.get((task, system.name)) if self.described.targets else None,
             role=OURS if system.voco else PEER,
+            captured=self.on_gpu,
             facts=self._facts(system) | (facts or {}),
         )
 
@@ -326,7 +341,7 @@ class Measured:
             "flops_to_first": to_first,
             "flops_of_answer": counted(system.cached, settings.new_tokens),
             "params": self.params,
-            "graphs": system.run.graphs,
+            "graphs": self.on_gpu,
             "text": settings.text,
             "new_tokens": settings.new_tokens,
         }
