@@ -66,17 +66,41 @@ def block_masks(layout: VocoLayout, create: Callable) -> Callable:
 
 # ---- a padded batch ----------------------------------------------------------------------------------------------------
 
+# SDPA's kernels on a GPU copy a mask whose rows are not of whole 16 numbers; on a CPU longer rows are only more work.
+ROW_MULTIPLE = {"cuda": 16, "cpu": 1}
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What the suites measure in on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def padded_length(layout: VocoLayout) -> int:
+    """L of a padded batch [B, L] of one row per document: at least the longest document's length."""
+    multiple = ROW_MULTIPLE[layout.device.type]
+    return -(-int(layout.cu_seqlens.diff().max()) // multiple) * multiple
+
 
 class PaddedMask:
-    """The mask of a padded batch of one row per document, bool [B, 1, L, L]."""
+    """The mask of a padded batch of one row per document, [B, 1, L, L]: 0 where a query sees a key and -inf elsewhere.
 
-    def __init__(self, layout: VocoLayout):
-        self._layout, self._length = layout, int(layout.cu_seqlens.diff().max())
+    Numbers of the inputs' dtype, since SDPA makes these of bools in every call, on a CPU as well.
+    """
+
+    def __init__(self, layout: VocoLayout, dtype: torch.dtype | None = None):
+        """`dtype` is that of the inputs; the one that the suites measure in where None."""
+        self._layout, self._length = layout, padded_length(layout)
+        self._dtype = dtype or dtype_of(layout.device)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it has."""
+        return self._layout.num_documents * self._length**2
 
     @property
     def bytes(self) -> int:
         """How large it is."""
-        return self._layout.num_documents * self._length**2
+        return self.numbers * self._dtype.itemsize
 
     def build(self) -> torch.Tensor:
         """A new one. Rows of padding see themselves, since a row that sees nothing would be NaN."""
@@ -89,7 +113,8 @@ class PaddedMask:
         mask = self._visible(0, 0, token[:, :, None], token[:, None, :])
         mask &= inside[:, :, None] & inside[:, None, :]
         mask |= torch.eye(self._length, dtype=torch.bool, device=device)
-        return mask[:, None]
+        seen, hidden = (torch.full((), x, dtype=self._dtype, device=device) for x in (0.0, float("-inf")))
+        return torch.where(mask[:, None], seen, hidden)
 
     @cached_property
     def _visible(self) -> Callable:

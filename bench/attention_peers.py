@@ -50,6 +50,15 @@ TARGETS = {
 ROOF_TARGETS = {"video": 0.60, "long_video": 0.60, "anyres": 0.42}
 
 
+def compile_anew() -> None:
+    """Forget what was compiled for other shapes, and make it an error where torch.compile would give up from now on.
+
+    Whatever was compiled counts towards a limit, behind which it runs eager code: that would be timed as compiled.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def family_of(name: str) -> str:
     """The family of a row: its name without what stands in brackets."""
     return name.split(" (")[0]
@@ -65,8 +74,7 @@ def candidates(problem: Problem, *, backward: bool, compiler: Callable | None = 
     add = partial(_candidate, problem, backward)
     found = [*_ours(problem, add, backward), *_splits(problem, add)]
     if compiler is not None:
-        # Everything compiled for another shape counts towards the limit behind which torch.compile gives up.
-        torch._dynamo.reset()
+        compile_anew()
         found += _flex(problem, add, backward, compiler)
     for more in (_dense, _causal, _compiled_at_run_time):
         found += more(problem, add, backward)
@@ -82,13 +90,14 @@ def _candidate(
     *,
     role: str = PEER,
     absent: str | None = None,
+    kept_bytes: int = 0,
     **facts,
 ) -> Candidate:
     """A candidate for `attention(q, k, v)` on inputs in `form`; a limit is not checked, since its result is another one."""
     check = None if role == LIMIT else partial(problem.check, form=form)
     target = TARGETS.get((family_of(name), backward), {}).get(problem.shape.name)
     run = problem.run(attention, form, backward=backward)
-    return Candidate(name, run, check, target, role, absent, facts)
+    return Candidate(name, run, check, target, role, absent, facts, kept_bytes=kept_bytes)
 
 
 # ---- ours --------------------------------------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ def _sdpa(backend: SDPBackend | None, q, k, v, **options) -> torch.Tensor:
 
 
 def _dense(problem: Problem, add, backward: bool) -> Iterator[Candidate]:
-    mask, absent = PaddedMask(problem.layout), None
+    mask, absent = PaddedMask(problem.layout, problem.dtype), None
     if mask.bytes > MOST_MASK_BYTES:
         absent = f"its mask would have {mask.bytes / 2**30:.1f} GiB"
     kept, facts = cache(mask.build), {"mask_bytes": mask.bytes}
@@ -186,7 +195,7 @@ def _dense(problem: Problem, add, backward: bool) -> Iterator[Candidate]:
 
     kernels = _kernels(problem.device, MASKED)
     for name, backend in kernels.items():
-        yield add(f"{DENSE}{name}", partial(attention, kept, backend))
+        yield add(f"{DENSE}{name}", partial(attention, kept, backend), kept_bytes=mask.bytes)
     if backward:
         return
     name, backend = next(iter(kernels.items()))

@@ -14,8 +14,8 @@ from voco_llama.bench import measure
 from voco_llama.bench.clock import release
 from voco_llama.bench.measure import LIMIT, PEER, Candidate
 
-from bench.attention_masks import block_masks
-from bench.attention_peers import CAUSAL, DENSE, FLEX, OURS, SPLIT
+from bench.attention_masks import PaddedMask, block_masks
+from bench.attention_peers import CAUSAL, DENSE, FLEX, OURS, SPLIT, compile_anew
 from bench.shapes import AttentionShape
 from tests.reference import assert_error_rule, dense_attention, kinds_of
 from voco_kernels import VocoLayout, voco_attention
@@ -128,20 +128,29 @@ def _sdpa(name: str, problem: Problem, role: str = PEER, **options) -> Candidate
 
 
 def _dense(problem: Problem) -> Candidate:
-    reason = dense_absent(problem.layout.num_tokens, problem.dtype, problem.device)
-    if reason is not None:
-        return Candidate(DENSE, lambda: None, absent=reason)
-    return _sdpa(DENSE, problem, attn_mask=problem.layout.dense_mask())
+    mask, made, n = PaddedMask(problem.layout, problem.dtype), [], problem.layout.num_tokens
+
+    def attention():
+        if not made:
+            additive = mask.build()
+            # A GPU's kernels like its rows to be of whole 16 numbers, and then inputs must be as long.
+            extra = additive.shape[-1] - n
+            made.append((additive, [torch.nn.functional.pad(x, (0, 0, 0, extra)) for x in problem.batched()]))
+        additive, inputs = made[0]
+        return scaled_dot_product_attention(*inputs, attn_mask=additive)[0, :, :n].transpose(0, 1)
+
+    candidate = _candidate(DENSE, attention, problem.check)
+    return replace(candidate, absent=dense_absent(mask, problem.device), kept_bytes=mask.bytes)
 
 
-def dense_absent(n: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a dense mask of n tokens, and its copy in `dtype` that attention makes, cannot be had; None where they can."""
-    needed = n * n * (1 + dtype.itemsize)
+def dense_absent(mask: PaddedMask, device: torch.device) -> str | None:
+    """Why a dense mask cannot be had; None where it can. It is made of two of bools, of a byte a number."""
+    needed = mask.bytes + 2 * mask.numbers
     release(device)
     allowed = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_BYTES
     if needed <= allowed:
         return None
-    return f"a mask and its copy would take {needed / 2**30:.1f} GiB, more than {allowed / 2**30:.1f}"
+    return f"a mask would take {needed / 2**30:.1f} GiB, more than {allowed / 2**30:.1f}"
 
 
 def _flex(problem: Problem, compiler) -> Candidate:
@@ -150,7 +159,7 @@ def _flex(problem: Problem, compiler) -> Candidate:
         reason = f"its mask of more than {CPU_FLEX_TOKENS} tokens takes too long to build"
         return Candidate(FLEX, lambda: None, absent=reason)
     if on_gpu:
-        torch._dynamo.reset()  # what was compiled for another size counts towards a limit
+        compile_anew()
     # On a CPU one compilation serves all sizes, at the same speed.
     flex = compiler(flex_attention, dynamic=not on_gpu)
     build = block_masks(layout, compiler(create_block_mask, dynamic=False) if on_gpu else create_block_mask)

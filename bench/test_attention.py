@@ -6,9 +6,9 @@ A GPU gets the shapes GPU in bfloat16, a CPU the shapes ATTENTION in float32.
 from functools import lru_cache
 
 import pytest
-import torch
 from voco_llama.bench.measure import Work
 
+from bench.attention_masks import dtype_of
 from bench.attention_peers import candidates
 from bench.attention_problem import Problem, shapes_of
 from bench.conftest import SESSION
@@ -25,7 +25,7 @@ problem_of = lru_cache(maxsize=1)(Problem)
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 def test_attention(measure, device, shape, backward):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype_of(device)
     measure(
         "forward + backward" if backward else "forward",
         shape.name,

@@ -8,9 +8,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from voco_llama.bench.measure import OURS, Candidate
 
 import voco_kernels.backends.torch as torch_backend
-from bench.attention_masks import PaddedMask, block_masks
-from bench.attention_peers import DENSE_MASK, FLEX_MASK, MOST_MASK_BYTES, SPLIT
-from bench.attention_problem import MOST_DENSE_TOKENS, shapes_of
+from bench.attention_masks import MaskRule, PaddedMask, block_masks
+from bench.attention_peers import DENSE_MASK, FLEX_MASK, MOST_MASK_BYTES, SPLIT, compile_anew
+from bench.attention_problem import shapes_of
 from bench.conftest import SESSION
 from bench.gpu_checks import check_tiles
 from bench.gpu_table import PLAN, PLAN_CPU, PLAN_DEVICE
@@ -18,7 +18,7 @@ from bench.shapes import AttentionShape
 from voco_kernels import Text, VocoLayout
 from voco_kernels.backends import flash
 from voco_kernels.backends.triton.launch import GEOMETRY
-from voco_kernels.tiles import build_tiles, useful_pairs
+from voco_kernels.tiles import TilePlan, build_tiles, useful_pairs
 
 BLOCKS, LAYOUT, LISTS = "blocks of the torch backend", "layout from token ids, on the CPU", f"lists of the {SPLIT}"
 TEXT_ID, IMAGE_ID, VOCO_ID = 1, 2, 3
@@ -32,7 +32,8 @@ def pytest_generate_tests(metafunc):
 def test_plan(measure, device, shape):
     host = shape.layout()
     layout = host.to(device)
-    measure(PLAN, shape.name, lambda: [*_ours(shape, host, layout), *_others(layout)], x=host.num_tokens)
+    # Without an x: several shapes have as many tokens, and other plans.
+    measure(PLAN, shape.name, lambda: [*_ours(shape, host, layout), *_others(layout)])
 
 
 def _ours(shape: AttentionShape, host: VocoLayout, layout: VocoLayout) -> Iterator[Candidate]:
@@ -44,7 +45,8 @@ def _ours(shape: AttentionShape, host: VocoLayout, layout: VocoLayout) -> Iterat
         build = partial(build_tiles_on_gpu, layout, GEOMETRY)
         yield Candidate(PLAN_DEVICE, build, lambda x: check_tiles(x, build_tiles(host, GEOMETRY)), role=OURS)
     yield Candidate(BLOCKS, lambda: torch_backend._build_blocks(layout), lambda x: check_blocks(x, host), role=OURS)
-    yield Candidate(PLAN_CPU, _on_host(layout, lambda: build_tiles(host, GEOMETRY)), role=OURS)
+    tiles = _on_host(layout, lambda: build_tiles(host, GEOMETRY))
+    yield Candidate(PLAN_CPU, tiles, lambda x: check_rows(x, shape), role=OURS)
     ids, options = token_ids(shape), {"image_token_id": IMAGE_ID, "voco_token_id": VOCO_ID}
 
     def collate():
@@ -59,6 +61,7 @@ def _others(layout: VocoLayout) -> Iterator[Candidate]:
         absent = f"it would have {mask.bytes / 2**30:.1f} GiB"
     facts = {"mask_bytes": mask.bytes}
     yield Candidate(DENSE_MASK, mask.build, lambda x: check_dense(x, layout), absent=absent, facts=facts)
+    compile_anew()
     makers = {"compiled": torch.compile(create_block_mask, dynamic=False)}
     if layout.device.type == "cpu":
         makers["not compiled"] = create_block_mask
@@ -96,6 +99,35 @@ def check_blocks(blocks, host: VocoLayout) -> None:
     _assert_all_once([block.target for block in blocks], host)
 
 
+def check_rows(tiles: TilePlan, shape: AttentionShape) -> None:
+    """Every row is in one tile, every key too, and rows see as many keys as the spans of the shape say."""
+    for index, ranges in ((tiles.row_index, tiles.row_tiles), (tiles.key_index, tiles.key_tiles)):
+        parts = [index[begin : begin + count].long() for begin, count, *_ in ranges.tolist()]
+        _assert_all_once(parts, shape.layout())
+    pairs, want = sum(_pairs_of_tile(tiles, tile) for tile in tiles.row_tiles.tolist()), pairs_of(shape)
+    assert pairs == want, f"{pairs} pairs, not {want}"
+
+
+def _pairs_of_tile(tiles: TilePlan, tile: list[int]) -> int:
+    begin, count, public_begin, public_full, public_end, own_begin, own_full, own_end = tile
+    rows = tiles.row_index[begin : begin + count, None]
+    edge = torch.cat([tiles.key_index[public_full:public_end], torch.arange(own_full, own_end)])
+    return count * (public_full - public_begin + own_full - own_begin) + int((edge <= rows).sum())
+
+
+def pairs_of(shape: AttentionShape) -> int:
+    """How many keys all rows see together, counted span by span."""
+    pairs = 0
+    for document in shape.documents:
+        public = 0  # keys so far that are seen from outside their segment
+        for span in document:
+            text = isinstance(span, Text)
+            length = span.length if text else span.vision + span.voco
+            pairs += length * (length + 1) // 2 + (length * public if text or not shape.isolated else 0)
+            public += length if text else span.voco
+    return pairs
+
+
 def check_lists(split, layout: VocoLayout) -> None:
     """Every row is in one call."""
     _assert_all_once([call.rows for call in split.calls], layout)
@@ -114,18 +146,18 @@ def check_layout(found: VocoLayout, host: VocoLayout) -> None:
 
 
 def check_dense(mask: torch.Tensor, layout: VocoLayout) -> None:
-    """All visible pairs and no others are set, but for rows of padding, which see themselves."""
+    """As many pairs as are visible are 0, but for rows of padding, which see themselves."""
     padding = mask.shape[0] * mask.shape[2] - layout.num_tokens
-    pairs, want = int(mask.sum()), useful_pairs(layout) + padding
+    pairs, want = int((mask == 0).sum()), useful_pairs(layout) + padding
     assert pairs == want, f"{pairs} pairs, not {want}"
 
 
 def check_flex(mask, layout: VocoLayout) -> None:
-    """Just those blocks are walked in which something is visible; only where N * N fits easily."""
-    if layout.num_tokens > MOST_DENSE_TOKENS:
-        return
-    visible, block = layout.dense_mask(), 128
-    extra = -layout.num_tokens % block
-    visible = torch.nn.functional.pad(visible, (0, extra, 0, extra))
-    want = visible.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
+    """Just those blocks are walked in which something is visible."""
+    visible, n, block = MaskRule.of(layout).mask_mod(), layout.num_tokens, 128
+    token = torch.arange(n, device=layout.device)
+    # Block by block of rows, since N * N is too much for a long video.
+    seen = [visible(0, 0, rows[:, None], token).any(0) for rows in token.split(block)]
+    keys = torch.nn.functional.pad(torch.stack(seen), (0, -n % block))
+    want = keys.unflatten(1, (-1, block)).any(2)
     assert torch.equal(mask.to_dense()[0, 0].bool(), want), "other blocks are walked than hold visible pairs"

@@ -11,7 +11,7 @@ from voco_llama.bench.measure import Candidate, Work
 import voco_kernels.backends.torch as torch_backend
 from bench import end_to_end
 from bench.attention_masks import PaddedMask, block_masks
-from bench.attention_peers import DENSE_MASK, FLEX_MASK, OURS
+from bench.attention_peers import DENSE_MASK, FLEX_MASK, OURS, compile_anew
 from bench.gpu_checks import check_tiles
 from bench.scaling_problem import Patience, Problem, candidates, dense_absent, size_of
 from bench.shapes import FRAMES, TEXT, frames_shape, text_shape
@@ -80,8 +80,9 @@ def _plan(layout: VocoLayout) -> Candidate:
 
 
 def _dense_mask(layout: VocoLayout) -> Candidate:
-    mask, absent = PaddedMask(layout), dense_absent(layout.num_tokens, torch.bool, layout.device)
-    return Candidate(DENSE_MASK, mask.build, partial(check_dense, layout=layout), absent=absent)
+    mask = PaddedMask(layout)
+    check, absent = partial(check_dense, layout=layout), dense_absent(mask, layout.device)
+    return Candidate(DENSE_MASK, mask.build, check, absent=absent)
 
 
 def _block_mask(layout: VocoLayout) -> Candidate:
@@ -89,7 +90,7 @@ def _block_mask(layout: VocoLayout) -> Candidate:
     check = partial(check_flex, layout=layout)
     if layout.device.type == "cpu":
         return Candidate(f"{FLEX_MASK} (not compiled)", block_masks(layout, create_block_mask), check)
-    torch._dynamo.reset()
+    compile_anew()
     return Candidate(FLEX_MASK, block_masks(layout, torch.compile(create_block_mask, dynamic=False)), check)
 
 

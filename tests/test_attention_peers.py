@@ -1,24 +1,26 @@
 """Everyone that attention is timed against, on a CPU with tiny shapes: that they agree, and that a wrong one is found."""
 
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from reference import mask_of_layout
 from test_flash import dense_varlen
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask
 from voco_llama.bench import measure
 from voco_llama.bench.clock import Clock
 from voco_llama.bench.results import version_of
 
 import voco_kernels.backends.torch as torch_backend
+from bench import attention_masks, attention_problem, attention_split, test_plan
 from bench import attention_peers as peers
-from bench import attention_problem, attention_split, test_plan
-from bench.attention_masks import MaskRule, PaddedMask, block_masks, key_intervals
-from bench.attention_problem import BATCHED, ROWS, Problem, unplanned
+from bench.attention_masks import MaskRule, PaddedMask
+from bench.attention_problem import BATCHED, CHECKED, ROWS, Problem, results_of
 from bench.shapes import ATTENTION, GPU, AttentionShape
-from voco_kernels import Image, Text, VocoLayout
+from voco_kernels import Image, Text
 from voco_kernels.backends import flash
 from voco_kernels.backends.flash import Implementation
 
@@ -32,6 +34,17 @@ TINY = {
 }
 SHAPES = pytest.mark.parametrize("name", TINY)
 UNSEEN = ("FlashAttention", "cuDNN", peers.FLEX_FLASH, peers.SPLIT)  # how what needs a GPU is called
+
+
+# A shape with a key head that is neither the first nor the last.
+MIDDLE = replace(TINY["video"], heads=6, kv_heads=3)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_compiler():
+    """What `compile_anew` sets does not stay behind."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
 
 
 def uncompiled(function, **_):
@@ -88,10 +101,23 @@ def test_roles_and_targets():
     parts = (peers.FLEX_MASK, peers.DENSE_MASK, peers.FA4_MASK, peers.CUDNN_MASK)
     ours = ("voco torch", "voco torch, plan built")
     assert roles == dict.fromkeys(ours, measure.OURS) | dict.fromkeys(parts, measure.PART) | {peers.CAUSAL: measure.LIMIT}
-    assert found[peers.CAUSAL].check is None and found[peers.DENSE].check is not None
+    assert found[peers.CAUSAL].check is None
+    assert all(c.check is not None for c in found.values() if c.role in (measure.OURS, measure.PEER))
     assert (found[peers.DENSE].target, found[peers.FLEX].target, found[peers.FLEX_BUILT].target) == (70.0, 1.5, None)
     assert {c.target for name, c in found.items() if name.startswith(peers.SPLIT)} == {1.5}
     assert {c.target for c in candidates_of("video", True) if c.name.startswith(peers.SPLIT)} == {1.2}
+    # As design.md wants them.
+    flex = dict.fromkeys(("sft", "anyres", "video", "long_video", "chat", "gqa"), 1.5)
+    wanted = {
+        ("varlen split", False): {"video": 1.5, "long_video": 1.5, "gqa": 1.5, "sft": 1.15, "anyres": 1.0},
+        ("varlen split", True): {"video": 1.2, "sft": 1.0, "anyres": 0.8},
+        ("FlexAttention", False): flex | {"image": 1.4, "frames": 2.2},
+        ("FlexAttention", True): flex,
+        ("SDPA, dense mask", False): {"sft": 4.0, "video": 70.0, "image": 2.7, "frames": 11.0},
+        ("SDPA, dense mask", True): {"image": 2.0, "frames": 8.0},
+    }
+    assert wanted == peers.TARGETS
+    assert peers.ROOF_TARGETS == {"video": 0.60, "long_video": 0.60, "anyres": 0.42}
     for (family, _), shapes in peers.TARGETS.items():
         assert any(peers.family_of(name) == family for name in found) and set(shapes) <= {*ATTENTION, *GPU}
 
@@ -105,6 +131,68 @@ def test_nothing_is_made_before_a_candidate_runs(monkeypatch):
         monkeypatch.setattr(owner, name, fail)
     assert len(peers.candidates(problem, backward=False, compiler=uncompiled)) > 10
     assert not any(c.name.startswith("Flex") for c in peers.candidates(problem, backward=False, compiler=None))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_what_is_kept_is_made_once_and_what_is_built_in_every_run(monkeypatch):
+    made = Counter()
+
+    def counting(name, make):
+        def counted(*arguments, **options):
+            made[name] += 1
+            return make(*arguments, **options)
+
+        return counted
+
+    plans = type(torch_backend._blocks_of)(counting("plan", torch_backend._build_blocks))
+    monkeypatch.setattr(torch_backend, "_blocks_of", plans)
+    monkeypatch.setattr(PaddedMask, "build", counting("dense mask", PaddedMask.build))
+    monkeypatch.setattr(peers, "create_block_mask", counting("block mask", create_block_mask))
+    again = {}
+    for candidate in candidates_of("sft", False):
+        if candidate.absent is None:
+            candidate.run()
+            made.clear()
+            candidate.run(), candidate.run()
+            again[candidate.name] = dict(made)
+    assert again == {
+        "voco torch": {}, "voco torch, plan built": {"plan": 2}, peers.CAUSAL: {},
+        peers.FLEX: {}, peers.FLEX_BUILT: {"block mask": 2}, peers.FLEX_MASK: {"block mask": 2},
+        peers.DENSE: {}, peers.DENSE_BUILT: {"dense mask": 2}, peers.DENSE_MASK: {"dense mask": 2},
+    }  # fmt: skip
+
+
+def test_giving_up_on_compiling_is_an_error():
+    compiled = torch.compile(lambda x, by: x * by, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for some in ((2, 3), (4, 5)):  # the first ones do not count any more
+            peers.compile_anew()
+            for by in some:
+                assert compiled(torch.ones(1), by) == by
+        with pytest.raises(FailOnRecompileLimitHit):
+            compiled(torch.ones(1), 6)
+
+
+def test_every_shape_is_compiled_anew(monkeypatch):
+    calls, host = [], TINY["sft"].layout()
+    for module in (peers, test_plan):
+        monkeypatch.setattr(module, "compile_anew", lambda module=module: calls.append(module))
+    candidates_of("sft", False)
+    assert calls == [peers]
+    list(test_plan._others(host))
+    assert calls == [peers, test_plan]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_only_a_backward_is_recorded(backward):
+    seen, problem = set(), problem_of("sft")
+
+    def attention(q, k, v):
+        seen.add((torch.is_grad_enabled(), q.requires_grad, k.requires_grad, v.requires_grad))
+        return q + k + v
+
+    assert len(problem.run(attention, backward=backward)()) == (4 if backward else 1)
+    assert seen == {(backward,) * 4}
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -127,9 +215,61 @@ def test_wrong_gradients_are_found():
         problem.check((out, dq, torch.where(problem.layout.public[:, None, None], 0.9, 1.0) * dk, dv))
 
 
+# What may go wrong in a head of which a check of the first and the last one knows nothing.
+DEFECTS = {
+    "zero head": lambda x: x.zero_(),
+    "zero rows": lambda x: x[41:45].zero_(),
+    "NaN": lambda x: x[44, 3].fill_(torch.nan),
+    "factor": lambda x: x.mul_(1.2),
+    "other rows": lambda x: x.copy_(x.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_wrong_head_between_is_found(name, dtype):
+    problem = Problem(MIDDLE, CPU, dtype)
+    assert problem.chosen == [(slice(0, 2), slice(0, 1)), (slice(4, 6), slice(2, 3))]
+    dense = next(c for c in peers.candidates(problem, backward=True, compiler=None) if c.name == peers.DENSE)
+    right = dense.run()
+    dense.check(right)
+    place, head = CHECKED.index(name), 2 if name in ("out", "dq") else 1
+    near = [problem.padded.unpack(x).clone() for x in right]
+    near[place][:, head] *= 1 + 4 * torch.finfo(dtype).eps
+    problem.check(tuple(near))
+    for defect in DEFECTS.values():
+        wrong = [problem.padded.unpack(x).clone() for x in right]
+        defect(wrong[place][:, head])
+        with pytest.raises(AssertionError, match=f"{name}, .* rows, part . of head [12]: "):
+            problem.check(tuple(wrong))
+
+
+def test_the_first_and_the_last_head_are_held_to_the_truth():
+    problem = Problem(MIDDLE, CPU, torch.float32)
+    right = problem.whole
+    for head in (0, -1):
+        wrong = right["dv"].clone()
+        wrong[:, head] *= 1.001
+        with pytest.raises(AssertionError, match="dv, .*eager"):
+            problem.check((right["out"], right["dq"], right["dk"], wrong))
+
+
+@pytest.mark.parametrize(("head", "factor", "said"), [(2, 1.001, "dv, .*eager"), (1, torch.inf, "dv .* not finite")])
+def test_what_others_are_compared_with_is_checked(head, factor, said, monkeypatch):
+    def broken(*inputs):
+        # Heads are worked out one by one; this is the one with these values.
+        found, is_it = results_of(*inputs), torch.equal(inputs[2], problem.packed[2][:, head : head + 1])
+        return found | {"dv": found["dv"] * (factor if is_it else 1)}
+
+    problem = Problem(MIDDLE, CPU, torch.float32)
+    monkeypatch.setattr(attention_problem, "results_of", broken)
+    with pytest.raises(AssertionError, match=said):
+        problem.check((results_of(*problem.packed, problem.layout, "torch")["out"],))
+
+
 def test_a_mask_that_is_too_large_is_not_made(monkeypatch):
     mask = PaddedMask(TINY["sft"].layout())
-    assert mask.bytes == 2 * 17 * 17 == mask.build().nbytes
+    assert mask.bytes == 4 * 2 * 17 * 17 == mask.build().nbytes
     monkeypatch.setattr(peers, "MOST_MASK_BYTES", mask.bytes - 1)
     found = {c.name: c.absent for c in candidates_of("sft", False)}
     assert {found[name] for name in (peers.DENSE, peers.DENSE_BUILT, peers.DENSE_MASK)} == {"its mask would have 0.0 GiB"}
@@ -157,6 +297,57 @@ def gpu(monkeypatch):
     return pretend
 
 
+@pytest.fixture
+def sdpa(monkeypatch):
+    """sdpa(candidates): what each that calls SDPA restricts it to and asks of it."""
+
+    def recorded(candidates):
+        found, allowed, call = {}, [], peers.scaled_dot_product_attention
+
+        @contextmanager
+        def restricted(backend):
+            allowed.append(backend)
+            yield
+            allowed.pop()
+
+        def attention(q, k, v, **options):
+            asked = {name: x if isinstance(x, bool) else x.dtype for name, x in options.items()}
+            found[candidate.name] = allowed[-1:], asked
+            return call(q, k, v, **options)
+
+        monkeypatch.setattr(peers, "sdpa_kernel", restricted)
+        monkeypatch.setattr(peers, "scaled_dot_product_attention", attention)
+        for candidate in candidates:
+            if candidate.name.startswith("SDPA"):
+                candidate.run()
+        return found
+
+    return recorded
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_sdpa_on_a_gpu_is_restricted_to_what_a_row_is_called_after(backward, gpu, sdpa):
+    found = sdpa(peers.candidates(gpu("chat", (9, 0)), backward=backward, compiler=None))
+    flash, efficient, cudnn = [
+        [getattr(SDPBackend, f"{name}_ATTENTION")] for name in ("FLASH", "EFFICIENT", "CUDNN")
+    ]
+    # "efficient" takes equal heads only.
+    equal, grouped = ({"enable_gqa": grouped, "attn_mask": torch.float32} for grouped in (False, True))
+    causal = {"enable_gqa": True, "is_causal": True}
+    built = {} if backward else {f"{peers.DENSE_BUILT} (efficient)": (efficient, equal)}
+    assert found == built | {
+        f"{peers.DENSE} (efficient)": (efficient, equal), f"{peers.DENSE} (cuDNN)": (cudnn, grouped),
+        f"{peers.CAUSAL} (flash)": (flash, causal), f"{peers.CAUSAL} (cuDNN)": (cudnn, causal),
+    }  # fmt: skip
+
+
+def test_sdpa_on_a_cpu_is_what_it_is(sdpa):
+    dense = [], {"enable_gqa": False, "attn_mask": torch.float32}
+    causal = [], {"enable_gqa": False, "is_causal": True}
+    found = sdpa(candidates_of("sft", False))
+    assert found == {peers.DENSE: dense, peers.DENSE_BUILT: dense, peers.CAUSAL: causal}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("name", ["sft", "chat"])
 def test_what_a_gpu_gets(name, gpu):
@@ -176,6 +367,22 @@ def test_what_a_gpu_gets(name, gpu):
     # It is there, but not for a CPU.
     there = isinstance(flash.load_torch(), Implementation)
     assert rows[f"{peers.SPLIT} (torch)"].startswith("cannot run: " if there else "not run: ")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_blocks_on_a_gpu_are_as_large_as_a_row_says(gpu, monkeypatch):
+    made = []
+
+    def create(*arguments, BLOCK_SIZE, **options):
+        made.append(BLOCK_SIZE)
+        return create_block_mask(*arguments, BLOCK_SIZE=BLOCK_SIZE, **options)
+
+    monkeypatch.setattr(peers, "create_block_mask", create)
+    found = {c.name: c for c in peers.candidates(gpu("sft", (9, 0)), backward=False, compiler=uncompiled)}
+    for name, block in ((peers.FLEX, 128), (f"{peers.FLEX} (blocks of 64)", 64)):
+        made.clear()
+        found[name].run()
+        assert made == [block] == [found[name].facts["block"]]
 
 
 @pytest.mark.parametrize(("capability", "split_reason"), [((8, 0), None), ((7, 5), "FlashAttention needs")])
@@ -211,6 +418,25 @@ def test_forms_lead_back():
     assert problem_of("video").padded is BATCHED
 
 
+@pytest.mark.parametrize(("name", "length"), [("sft", 32), ("video", 80)])
+def test_rows_of_a_padded_batch_on_a_gpu_are_of_whole_16_numbers(name, length, monkeypatch):
+    monkeypatch.setitem(attention_masks.ROW_MULTIPLE, "cpu", attention_masks.ROW_MULTIPLE["cuda"])
+    problem = problem_of(name)
+    documents, mask = problem.layout.num_documents, PaddedMask(problem.layout, torch.bfloat16)
+    q, *_ = problem.inputs(problem.padded)
+    assert q.shape == (documents, 2, length, 16) and torch.equal(problem.padded.unpack(q), problem.packed[0])
+    assert mask.build().shape == (documents, 1, length, length) and mask.build().dtype == torch.bfloat16
+    assert mask.bytes == mask.build().nbytes
+    found = {c.name: c for c in peers.candidates(problem, backward=True, compiler=None)}
+    found[peers.DENSE].check(found[peers.DENSE].run())
+    assert found[peers.CAUSAL].run()[0].shape == q.shape
+
+
+def test_what_is_measured_on_a_gpu_is_bfloat16():
+    assert attention_masks.dtype_of(CPU) == torch.float32
+    assert attention_masks.dtype_of(torch.device("cuda")) == torch.bfloat16
+
+
 # ---- the varlen split --------------------------------------------------------------------------------------------------
 
 
@@ -233,87 +459,3 @@ def test_split_with_copies_serves_all(monkeypatch):
     problem, found = problem_of("video"), Implementation("dense", dense_varlen)
     assert flash._split_of(problem.layout).refusal is None
     problem.check(problem.run(attention_split.split_with_copies(problem.layout, found), backward=True)())
-
-
-# ---- masks -------------------------------------------------------------------------------------------------------------
-
-# A segment that begins with a public token, one document without text and one that is empty.
-GIST = VocoLayout.from_ids(
-    torch.tensor([0, 0, 1, 1, 1, 0, 2, 2, 2, 3, 3, 0, 0]),
-    torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool),
-    torch.tensor([0, 6, 9, 9, 13]),
-    isolated=False,
-)
-LAYOUTS = {name: shape.layout() for name, shape in TINY.items()} | {
-    "gist": GIST,
-    "gist, isolated": VocoLayout(GIST.segment_ids, GIST.public, GIST.cu_seqlens, GIST.position_ids, True),
-}
-MASKS = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-
-
-@MASKS
-def test_the_rule_for_pairs(layout):
-    token = torch.arange(layout.num_tokens)
-    visible = MaskRule.of(layout).mask_mod()(0, 0, token[:, None], token[None])
-    assert torch.equal(visible, torch.from_numpy(mask_of_layout(layout)))
-
-
-@MASKS
-def test_key_intervals(layout):
-    bounds, token = key_intervals(layout), torch.arange(layout.num_tokens)[:, None]
-    assert bounds.dtype == torch.int32 and bounds.shape[0] == 1 and bounds.shape[1] % 2 and bounds.is_contiguous()
-    bounds = bounds[0].long()
-    assert (bounds.diff(dim=0) >= 0).all() and bounds.min() >= 0 and bounds.max() <= layout.num_tokens
-    visible = token < bounds[0]
-    for begin, end in zip(bounds[1::2], bounds[2::2], strict=True):
-        visible |= (token >= begin) & (token < end)
-    assert torch.equal(visible.T, torch.from_numpy(mask_of_layout(layout)))
-
-
-@MASKS
-def test_the_mask_of_a_padded_batch(layout):
-    mask, reference = PaddedMask(layout).build(), torch.from_numpy(mask_of_layout(layout))
-    for row, begin, end in zip(mask[:, 0], layout.cu_seqlens[:-1], layout.cu_seqlens[1:], strict=True):
-        n = end - begin
-        assert torch.equal(row[:n, :n], reference[begin:end, begin:end])
-        assert not row[:n, n:].any() and torch.equal(row[n:], torch.eye(len(row), dtype=torch.bool)[n:])
-
-
-def test_an_unplanned_layout_gets_a_plan_of_its_own():
-    layout = TINY["video"].layout()
-    plan, other = flash._split_of(layout), unplanned(layout)
-    assert flash._split_of(layout) is plan and flash._split_of(other) is not plan
-    assert other.segment_ids.data_ptr() == layout.segment_ids.data_ptr()
-
-
-# ---- what is made once per batch ---------------------------------------------------------------------------------------
-
-
-@SHAPES
-def test_what_is_made_once_per_batch(name, monkeypatch):
-    monkeypatch.setattr(torch, "compile", uncompiled)
-    host = TINY[name].layout()
-    candidates = [*test_plan._ours(TINY[name], host, host), *test_plan._others(host)]
-    rows = {row.name: row for row in measure.compare(candidates, Clock(CPU), seconds=0)}
-    lists = rows.pop(test_plan.LISTS).status
-    assert lists == "ok" if name in ("sft", "video") else lists.startswith("not run: layout must ")
-    assert {row.status for row in rows.values()} == {"ok"}, {row.name: row.status for row in rows.values()}
-    assert list(rows)[:3] == [test_plan.BLOCKS, test_plan.PLAN_CPU, test_plan.LAYOUT]
-
-
-LONG = AttentionShape("long", "", ((*[Image(126, 2)] * 4, Text(40)),), True)
-
-
-def test_wrong_plans_are_found():
-    host, long = TINY["sft"].layout(), LONG.layout()
-    causal = create_block_mask(lambda b, h, row, key: key <= row, None, None, *[long.num_tokens] * 2, device=CPU)
-    for check, made, layout, reason in (
-        (test_plan.check_blocks, torch_backend._build_blocks(host)[:-1], host, "some rows are missing"),
-        (test_plan.check_lists, replace(split := flash._build_split(host), calls=split.calls * 2), host, "more than once"),
-        (test_plan.check_layout, replace(host, public=~host.public), host, "public differs"),
-        (test_plan.check_dense, PaddedMask(host).build().tril(-1), host, "pairs, not"),
-        (test_plan.check_flex, block_masks(long, create_block_mask)(), long, None),
-        (test_plan.check_flex, causal, long, "other blocks"),
-    ):
-        with pytest.raises(AssertionError, match=reason) if reason else nullcontext():
-            check(made, layout)

@@ -27,6 +27,7 @@ from voco_llama.bench.measure import (
 )
 
 from bench import attention_peers, end_to_end, gpu_kv, run, scaling_problem
+from bench.attention_masks import PaddedMask
 from bench.conftest import UNFINISHED
 from bench.kv_problem import Problem as KVProblem
 from bench.sanitized import KV_SHAPE
@@ -53,8 +54,9 @@ def test_candidates_take_turns():
         raise torch.OutOfMemoryError("out of memory\nwith details")
 
     candidates = [
-        Candidate("a", lambda: calls.append("a"), target=2.0, role=OURS, facts={"layers": 2}, unchecked="a test"),
-        Candidate("b", lambda: calls.append("b"), unchecked="a test", captured=True),
+        Candidate("a", lambda: calls.append("a"), target=2.0, role=OURS, facts={"layers": 2}, unchecked="a test",
+                  kept_bytes=5),
+        Candidate("b", lambda: calls.append("b"), unchecked="a test", captured=True, kept_bytes=7),
         Candidate("wrong", lambda: None, wrong),
         Candidate("large", fail, unchecked="a test"),
         Candidate("absent", fail, absent="flash-attn is not installed"),
@@ -65,7 +67,7 @@ def test_candidates_take_turns():
         "wrong: too far off", "cannot run: out of memory", "not run: flash-attn is not installed",
     ]  # fmt: skip
     assert not any(row.seconds for row in others) and others[0].peak_bytes is None
-    assert a.peak_bytes == 0 and b.peak_bytes is None, "no allocator sees what a graph writes"
+    assert a.peak_bytes == 5 and b.peak_bytes is None, "no allocator sees what a graph writes"
     assert len(a.seconds) == len(b.seconds) == 7 and (a.target, a.role, a.facts) == (2.0, OURS, {"layers": 2})
     timed = calls[-14:]
     assert ["".join(pair) for pair in zip(timed[::2], timed[1::2])][:3] == ["ab", "ba", "ab"]
@@ -589,8 +591,9 @@ def test_attention_that_grows(shape):
 
 
 def test_masks_that_nobody_has_memory_for():
-    assert scaling_problem.dense_absent(4096, torch.float32, CPU) is None
-    assert "would take 20.0 GiB, more than 8.0" in scaling_problem.dense_absent(2**16, torch.float32, CPU)
+    small, large = (PaddedMask(text_shape(n - 16 * 258, 1, 16).layout()) for n in (5000, 2**16))
+    assert scaling_problem.dense_absent(small, CPU) is None
+    assert "would take 24.0 GiB, more than 8.0" in scaling_problem.dense_absent(large, CPU)
 
 
 def row(name, tokens, p50_ms=None, status="ok"):

@@ -3,16 +3,15 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
-from voco_llama.bench import plots, report, report_cli, results
+from voco_llama.bench import report, report_cli, results
 from voco_llama.bench.blocks import blocks, differences, rewritten, updates, view_of
 from voco_llama.bench.markdown import number
-from voco_llama.bench.measure import LIMIT, OURS, PART, PEER
+from voco_llama.bench.measure import LEAST_ROUNDS, LIMIT, OURS, PART, PEER
 from voco_llama.bench.report import View, render
 from voco_llama.bench.sources import missing, open_sources
 
@@ -92,6 +91,17 @@ def test_a_comparison(tmp_path):
         "",
         "AMD EPYC, 1 thread, float32, torch 2.13.0, commit `0123456789ab`, 2026-11-25, load 0.7 ([x.json](x.json))",
     ]  # fmt: skip
+
+
+def test_few_rounds_are_told(tmp_path):
+    assert f"fewer than {LEAST_ROUNDS} rounds" in report.HOW_TO_READ
+    rows = [row("voco", 1.0, rounds=LEAST_ROUNDS), row("dense", 9.0, rounds=LEAST_ROUNDS - 1), row("loop", 9.0, rounds=1)]
+    path = write(tmp_path / "x.json", rows)
+    status = {cells(line)[0]: cells(line)[-1] for line in shown(path, "attention")[2:7]}
+    assert status == {"": "status", "-----": "---", "voco": "ok", "dense": "ok, 4 rounds", "loop": "ok, 1 round"}
+    rows = [one | {"rounds": 3} if one["x"] == 64 else one for one in scaling()]
+    path = write(tmp_path / "x.json", rows)
+    assert "- SDPA, dense mask (64): ok, 3 rounds" in shown(path) and "- voco (64): ok, 3 rounds" in shown(path)
 
 
 def test_columns_and_facts_can_be_chosen(tmp_path):
@@ -259,6 +269,19 @@ def test_several_devices(tmp_path):
     ]
 
 
+def test_tables_stand_under_the_heading_of_their_suite(tmp_path):
+    rows = [row(f"{suite} {task}", 1.0, key=(suite, task, "s")) for suite in ("kv", "plan") for task in ("a", "b")]
+    lines = shown(write(tmp_path / "x.json", rows))
+    order = [line.split("|")[1].strip() for line in lines if re.match(r"\| (kv|plan) ", line)]
+    assert order == ["plan a", "plan b", "kv a", "kv b"]
+    assert lines.index("### plan") < lines.index("**plan / a / s**") < lines.index("### kv") < lines.index("**kv / a / s**")
+
+
+def test_what_was_not_reached_is_said(tmp_path):
+    path = write(tmp_path / "x.json", ATTENTION, GPU, unfinished={"attention": 3})
+    assert shown(path)[-1] == "- not reached in time: 3 of attention on NVIDIA H200"
+
+
 def test_a_file_without_rows(tmp_path):
     path = write(tmp_path / "x.json", [])
     assert missing(open_sources([path]))[0] == (
@@ -291,49 +314,6 @@ def test_no_file_of_results(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match="x.json is no file of results"):
         shown(tmp_path / "x.json")
-
-
-# ---- plots -------------------------------------------------------------------------------------------------------------
-
-
-def test_plots_are_pictures_of_the_data(tmp_path):
-    pytest.importorskip("matplotlib")
-    paths = [write(tmp_path / "cpu.json", [*ATTENTION, *scaling()]), write(tmp_path / "gpu.json", [], GPU)]
-    first = report.build(paths, tmp_path / "out")
-    names = ["report.md", "attention-amd-epyc-1-thread.png", "scaling-amd-epyc-1-thread.png"]
-    assert [path.name for path in first] == names and {path.parent for path in first} == {tmp_path / "out"}
-    document, *pictures = first.values()
-    assert all(picture.startswith(b"\x89PNG\r\n") and len(picture) > 10_000 for picture in pictures)
-    assert all(f"]({name})".encode() in document for name in names[1:])
-    changed = [*ATTENTION[:2], ATTENTION[2] | {"ratio": 2.0}, *ATTENTION[3:]]
-    write(paths[0], [*changed, *scaling()])
-    second = list(report.build(paths, tmp_path / "out").values())
-    assert second[1] != pictures[0] and second[2] == pictures[1]
-
-
-def test_bars_end_and_lines_go_where_the_numbers_are(tmp_path):
-    pytest.importorskip("matplotlib")
-    (source,) = open_sources([write(tmp_path / "x.json", [*ATTENTION, *scaling()])])
-    figure = plots._ratios(source.select(["attention"]), "title")
-    ends = {round(bar.get_x() + bar.get_width(), 4) for panel in figure.axes for bar in panel.patches}
-    assert ends == {row["ratio"] for row in ATTENTION if row["ratio"] is not None}
-    ticks = [line.get_xdata()[0] for panel in figure.axes for line in panel.lines if line.get_color() == "black"]
-    assert ticks == [11.0]  # that of an implementation that was not timed has no place
-    times, memory = plots._scaling(source.select(["scaling"]), plots._styles([source], "scaling"), "title").axes
-    lines = {tuple(zip(*line.get_data())) for line in times.lines}
-    assert ((4, 2.0), (64, 32.0), (512, 256.0), (2048, 1024.0)) in lines and ((4, 2.0), (64, 500.0)) in lines
-    assert ((64, 500.0),) in lines  # the mark where it ends
-    assert ((4, 4.0), (64, 64.0), (512, 512.0), (2048, 2048.0)) in {tuple(zip(*line.get_data())) for line in memory.lines}
-
-
-def test_without_matplotlib_there_is_still_a_report(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    path = write(tmp_path / "x.json", ATTENTION)
-    assert "### attention" in shown(path)
-    with pytest.raises(ImportError, match="matplotlib"):
-        report.build([path], tmp_path)
 
 
 # ---- documents ---------------------------------------------------------------------------------------------------------
@@ -416,7 +396,7 @@ def test_the_command(document, tmp_path, monkeypatch):
     assert "[x.json](../results/x.json)" in Path("out/report.md").read_text()
     for wrong in ([], ["docs/doc.md"], ["--update"], ["--check", "--update", "docs/doc.md"], ["--out", "out"]):
         assert isinstance(run(*wrong).exception, ValueError), wrong
-    assert isinstance(run("results/x.json", "--out", "other", "--table", "attention").exception, ValueError)
+    assert isinstance(run("results/x.json", "--out", "other", "--summary", "ratio").exception, ValueError)
     assert run("--help").exit_code == 0 and not Path("other").exists()
 
 

@@ -32,6 +32,7 @@ class Candidate:
         absent: why it is not run here, such as a package that is not installed; None where it is.
         unchecked: why there is no `check` of one that claims to do the whole task; None where there is one.
         captured: whether it replays a CUDA graph, whose memory no allocator sees.
+        kept_bytes: what it keeps between calls beside its inputs, such as a mask; it counts as its memory.
         facts: what else a reader wants to know of it, for its row.
     """
 
@@ -44,6 +45,7 @@ class Candidate:
     facts: dict = field(default_factory=dict)
     unchecked: str | None = None
     captured: bool = False
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Row:
 
     Attributes:
         status: "ok", "wrong: ...", "cannot run: ..." or "not run: ...".
-        peak_bytes: memory at its peak beyond what was held before; None where nobody measured.
+        peak_bytes: memory at its peak beyond inputs; None where nobody measured.
     """
 
     name: str
@@ -193,7 +195,7 @@ def _try_once(row: Row, candidate: Candidate, clock: Clock) -> float:
     """Seconds of a run, after one that shows its memory (the second warm-up; the check was the first)."""
     try:
         peak = clock.peak_bytes(candidate.run)
-        row.peak_bytes = None if candidate.captured else peak
+        row.peak_bytes = None if candidate.captured else peak + candidate.kept_bytes
         return clock.time(candidate.run)
     # The check's run may have had more memory than there is now.
     except Exception as error:

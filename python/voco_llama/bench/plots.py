@@ -3,14 +3,16 @@
 matplotlib is imported when something is drawn.
 """
 
+import hashlib
 import io
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from .markdown import number
 from .measure import LIMIT, OURS, PART
-from .sources import Key, Source, by_device, implementations, newest
+from .sources import Key, Source, by_device, commits, implementations, newest
 from .tables import OK, RATIO_DECIMALS, TIME_DECIMALS, mark
 
 WIDTH, DPI = 8.2, 160  # inches; about twice as many pixels as a README is wide
@@ -38,26 +40,34 @@ def pictures(sources: Sequence[Source]) -> dict[tuple[str, str], tuple[str, byte
             if not lines and not bars:
                 continue
             name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+            origins = commits(some, suite)
+            note = f"\nof several commits: {', '.join(origins)}" if len(origins) > 1 else ""
             with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-                figure = _scaling(lines, _styles(sources, suite), title) if lines else _ratios(bars, title)
-                drawn[device, suite] = f"{name}.png", _png(figure)
+                styles = _styles(sources, suite)
+                figure = _scaling(lines, styles, title, note) if lines else _ratios(bars, title, note)
+                drawn[device, suite] = f"{name}.png", _png(figure, digest(of_suite.values()))
     return drawn
 
 
-def _png(figure) -> bytes:
+def digest(comparisons: Iterable[Sequence[dict]]) -> str:
+    """What a picture says of its rows under the keyword "Rows", so that a test can tell whether it is of a file."""
+    return hashlib.sha256(json.dumps([rows for rows in comparisons if rows], sort_keys=True).encode()).hexdigest()
+
+
+def _png(figure, rows: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
-    # Without metadata: equal data make equal files.
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    # Without other metadata: equal data make equal files.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None, "Rows": rows})
     return buffer.getvalue()
 
 
 # ---- ratios ------------------------------------------------------------------------------------------------------------
 
 
-def _ratios(found: Mapping[Key, list[dict]], title: str):
+def _ratios(found: Mapping[Key, list[dict]], title: str, note: str = ""):
     """A panel per comparison, two side by side where they have the same implementations in the same places.
 
     Those that were never timed are named below, and have no place.
@@ -80,7 +90,7 @@ def _ratios(found: Mapping[Key, list[dict]], title: str):
         for panel in row[len(line) :]:
             panel.set_visible(False)
         _ratio_axis(row, [found[key] for key in line])
-    figure.suptitle(f"{title}: time relative to ours (= 1), log scale", fontsize=10)
+    figure.suptitle(f"{title}: time relative to ours (= 1), log scale{note}", fontsize=10)
     _ratio_legend(figure, found.values(), [name for name in implementations(found.values()) if name not in timed])
     return figure
 
@@ -174,7 +184,7 @@ def _ratio_legend(figure, comparisons: Iterable[Sequence[dict]], never: Sequence
 # ---- scaling -----------------------------------------------------------------------------------------------------------
 
 
-def _scaling(found: Mapping[Key, list[dict]], styles: dict[str, dict], title: str):
+def _scaling(found: Mapping[Key, list[dict]], styles: dict[str, dict], title: str, note: str = ""):
     """For each task time against x and, where it was measured, memory beside it; below, why lines end."""
     from matplotlib.figure import Figure
 
@@ -190,7 +200,7 @@ def _scaling(found: Mapping[Key, list[dict]], styles: dict[str, dict], title: st
         _lines(left, comparisons, styles, "p50_ms", 1, f"{task}, median in ms")
         _lines(right, comparisons, styles, "peak_bytes", 1e6, f"{task}, peak memory in MB")
         part.supxlabel(notes[task], fontsize=SMALL, x=0.01, ha="left")
-    figure.suptitle(f"{title}; log scales, x where a line ends early", fontsize=10)
+    figure.suptitle(f"{title}; log scales, x where a line ends early{note}", fontsize=10)
     timed = {row["name"] for rows in found.values() for row in rows if row["p50_ms"] or row["peak_bytes"]}
     _line_legend(figure, {name: style for name, style in styles.items() if name in timed})
     return figure

@@ -23,7 +23,7 @@ divided by that of the first line, ours, in the same rounds; what is wanted stan
 useful work: the pairs that the mask allows, and inputs and results moved once. The roof is the least time that the
 device's measured matmul and copy rates allow for that work, as a share of the time taken. Peak memory is what is
 allocated beyond what was held before. "limit" is another result, to see how far ours is from it; "part" is some of the
-work of other lines. Empty: nobody measured it."""
+work of other lines. What had fewer than 5 rounds says how many. Empty: nobody measured it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def render(view: View, root: Path, folder: Path) -> str:
     if not sources:
         raise ValueError("files must name at least one file of results, but there was none")
     if view.is_whole:
-        return "\n".join(whole(sources, folder, {}))
+        return "\n".join(whole(sources, folder, {}, missing(sources)))
     blocks = [_special(name, sources, folder) for name in view.tables if name in SPECIAL]
     chosen = [name for name in view.tables if name not in SPECIAL]
     if chosen or not blocks:
@@ -227,27 +227,33 @@ def _link(path: Path, folder: Path) -> str:
 # ---- whole reports -----------------------------------------------------------------------------------------------------
 
 
-def build(files: Iterable[Path], out: Path) -> dict[Path, bytes]:
-    """A report on all files with its plots: what to write where below the folder `out`.
+def build(files: Iterable[Path], out: Path, chosen: Sequence[str] = ()) -> dict[Path, bytes]:
+    """A report on all files, or on the tables that are `chosen`, with its plots: what to write where below `out`.
 
     Raises:
-        ValueError: one is no file of results.
+        ValueError: one is no file of results, or none has a table that is chosen.
         ImportError: matplotlib is not installed.
     """
     from .plots import pictures
 
     sources = open_sources(files)
+    _require_known(View((), tuple(chosen)), chosen, {source: {} for source in sources})
+    sources = [source.restricted(chosen) for source in sources]
     drawn = pictures(sources)
     plots = {key: out / name for key, (name, _) in drawn.items()}
-    lines = ["# Benchmarks", "", *whole(sources, out, plots)]
+    absent = () if chosen else missing(sources)
+    lines = ["# Benchmarks", "", *whole(sources, out, plots, absent)]
     return {out / "report.md": ("\n".join(lines) + "\n").encode()} | {out / name: data for name, data in drawn.values()}
 
 
-def whole(sources: Sequence[Source], folder: Path, plots: Mapping[tuple[str, str], Path]) -> list[str]:
+def whole(
+    sources: Sequence[Source], folder: Path, plots: Mapping[tuple[str, str], Path], absent: Sequence[str]
+) -> list[str]:
     """Lines of a report on everything, without a title.
 
     Args:
         plots: by device and suite, pictures to show.
+        absent: what no file has, a line each.
     """
     lines = [HOW_TO_READ, "", "## Files", "", *files_table(sources, folder)]
     for device, some in by_device(sources).items():
@@ -261,7 +267,7 @@ def whole(sources: Sequence[Source], folder: Path, plots: Mapping[tuple[str, str
                     lines += ["", f"From {_linked(source, folder)}:", "", *_joined(_comparisons(found))]
             if suite == TABLE7:
                 lines += ["", *paper_table()]
-    if absent := missing(sources):
+    if absent:
         lines += ["", "## What no file has", "", *(f"- {line}" for line in absent)]
     return lines
 

@@ -48,7 +48,7 @@ def report(
     view = View(results, tuple(table or ()), summary, tuple(row or ()), tuple(column or ()))
     _require_sense(documents, view, out, update, check)
     # Everything is made before anything is written.
-    written = build(results, out) if out is not None else {}
+    written = build(results, out, view.tables) if out is not None else {}
     written |= updates(documents) if update else {}
     if results and out is None:
         typer.echo(render(view, Path(), Path()))
@@ -69,5 +69,7 @@ def _require_sense(documents: list[Path], view, out: Path | None, update: bool, 
         raise ValueError("documents (.md) must be given with --update or with --check, and each of these with documents")
     if out is not None and not view.files:
         raise ValueError("--out must be given with files of results, but there was none")
-    if (out is not None or not view.files) and not view.is_whole:
-        raise ValueError("--table, --summary, --row and --column must be given with files of results, and without --out")
+    if not view.files and not view.is_whole:
+        raise ValueError("--table, --summary, --row and --column must be given with files of results, but there was none")
+    if out is not None and (view.summary or view.rows or view.columns):
+        raise ValueError("--summary, --row and --column must be given without --out, but were given with it")

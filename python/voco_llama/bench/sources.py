@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .markdown import escape
@@ -54,6 +54,12 @@ class Source:
             found.setdefault((row["suite"], row["task"], row["shape"]), []).append(row)
         return {key: _ordered([rows[0] | {"role": OURS}, *rows[1:]]) for key, rows in found.items()}
 
+    def restricted(self, tables: Sequence[str]) -> "Source":
+        """Only the rows that any of `tables`, each suite[/task[/shape]], names; all where there are none of these."""
+        rows = self.content["rows"]
+        named = [row for row in rows if any(is_named((row["suite"], row["task"], row["shape"]), t) for t in tables)]
+        return replace(self, content=self.content | {"rows": named if tables else rows})
+
     def select(self, tables: Sequence[str]) -> dict[Key, list[dict]]:
         """The comparisons that any of `tables`, each suite[/task[/shape]], names; all where there are none of these."""
         return {key: rows for key, rows in self.comparisons().items() if not tables or any(is_named(key, t) for t in tables)}
@@ -91,6 +97,14 @@ def newest(sources: Iterable[Source]) -> dict[Key, list[dict]]:
     return dict(sorted(found.items(), key=lambda item: _place(SUITES, item[0][0])))
 
 
+def commits(sources: Iterable[Source], suite: str) -> list[str]:
+    """The commits behind the comparisons of a suite that `newest` chooses."""
+    behind: dict[Key, str] = {}
+    for source in sources:
+        behind |= dict.fromkeys(source.comparisons(), source.commit)
+    return list(dict.fromkeys(commit for key, commit in behind.items() if key[0] == suite))
+
+
 def implementations(comparisons: Iterable[Sequence[dict]]) -> list[str]:
     """The names of all rows: ours, then peers by family, parts and limits; alike ones as they appear."""
     ranks: dict[str, tuple[int, int]] = {}
@@ -107,12 +121,15 @@ def _ordered(rows: Sequence[dict]) -> list[dict]:
 
 
 def missing(sources: Sequence[Source]) -> list[str]:
-    """A line for each kind of device: the suites of which no file has a row."""
+    """A line for each kind of device: the suites of which no file has a row; and for files in which some was not reached."""
     lines = []
     for kind, device in KINDS.items():
         there = {row["suite"] for source in sources if source.content["kind"] == kind for row in source.content["rows"]}
         if absent := [suite for suite in SUITES if suite not in there]:
             lines.append(f"not run: {', '.join(absent[:-1])}{' and ' * (len(absent) > 1)}{absent[-1]} on {device}")
+    for source in sources:
+        for suite, cases in source.content.get("unfinished", {}).items():
+            lines.append(f"not reached in time: {cases} of {escape(suite)} on {source.device}")
     return lines
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .derived import derived
 from .markdown import BYTE_RATES, BYTES, FLOP_RATES, Units, escape, number, table, unit_for
-from .measure import LIMIT, OURS, PART, PEER
+from .measure import LEAST_ROUNDS, LIMIT, OURS, PART, PEER
 
 OK = "ok"
 STATUS = "status"
@@ -89,6 +89,12 @@ def _fact(value) -> float | str | None:
     return value if value is None or type(value) in (int, float) else escape(str(value))
 
 
+def said(row: dict) -> str:
+    """The status of a row, with the number of its rounds where these are few."""
+    few = row["status"] == OK and row["rounds"] < LEAST_ROUNDS
+    return f"{OK}, {row['rounds']} round{'s' * (row['rounds'] != 1)}" if few else row["status"]
+
+
 def label(row: dict) -> str:
     """An implementation's name, and what it is to the comparison unless it takes part in it."""
     return escape(row["name"]) + (f" ({row['role']})" if row["role"] in (LIMIT, PART) else "")
@@ -107,8 +113,8 @@ def comparison(rows: Sequence[dict], titles: Mapping[str, str] | None = None) ->
         if any(cells):
             found.append((heading if title == key else title, cells))
     align = "l" + "r" * len(found)
-    if any(row["status"] != OK for row in rows):
-        found.append((STATUS, [escape(row["status"]) for row in rows]))
+    if any(said(row) != OK for row in rows):
+        found.append((STATUS, [escape(said(row)) for row in rows]))
         align += "l"
     head = ["", *(title for title, _ in found)]
     return table(head, [[label(row), *cells] for row, *cells in zip(rows, *(cells for _, cells in found))], align)
@@ -139,16 +145,19 @@ def mark(row: dict) -> str:
 
 
 def reasons(columns: Mapping[str, Sequence[dict]]) -> list[str]:
-    """Why rows of a grid have no value. Reasons that differ in numbers alone are one, with those of the first."""
+    """Why rows of a grid have no value, or one of few rounds.
+
+    Reasons that differ in numbers alone are one, with those of the first.
+    """
     where: dict[tuple[str, str], tuple[str, list[str]]] = {}
     for title, rows in columns.items():
         for row in rows:
-            if row["status"] != OK:
-                alike = row["name"], re.sub(r"\d+(\.\d+)?", "", row["status"])
-                where.setdefault(alike, (row["status"], []))[1].append(title)
+            if said(row) != OK:
+                alike = row["name"], re.sub(r"\d+(\.\d+)?", "", said(row))
+                where.setdefault(alike, (said(row), []))[1].append(title)
     lines = []
-    for (name, _), (said, titles) in where.items():
+    for (name, _), (why, titles) in where.items():
         all_of_it = titles == [title for title, rows in columns.items() if any(row["name"] == name for row in rows)]
         place = "" if all_of_it else f" ({', '.join(titles)})"
-        lines.append(f"- {escape(name)}{place}: {escape(said)}")
+        lines.append(f"- {escape(name)}{place}: {escape(why)}")
     return lines
