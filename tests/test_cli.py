@@ -83,10 +83,15 @@ def test_info_says_why_backends_are_missing(folder):
         (("ask", "caches/digits0.safetensors", "how many fours", "--uncompressed"), "--uncompressed"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(folder, arguments, said):
-    done = voco(*arguments, cwd=folder, ok=False)
-    assert said in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+def test_bad_input_is_one_line_and_writes_nothing(folder, arguments, said, monkeypatch, capsys):
+    assert voco_here(arguments, folder, monkeypatch) == 1
+    assert said in capsys.readouterr().err.replace("\n", " ")
     assert not (folder / "new").exists()
+
+
+def test_bad_input_shows_no_traceback(folder):
+    done = voco("compress", "digits0.png", "missing.png", "--out", "new", cwd=folder, ok=False)
+    assert "missing.png does not exist" in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
