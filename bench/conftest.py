@@ -8,7 +8,7 @@ import pytest
 import torch
 from voco_llama.bench.clock import Clock, measure_ceilings
 from voco_llama.bench.measure import MOST_ROUNDS, Candidate, Comparison, Work, compare
-from voco_llama.bench.results import Results, describe_machine
+from voco_llama.bench.results import Results, describe_machine, failures
 
 SECONDS = 10.0
 # The exit status where all passed, but not all was reached in time.
@@ -160,8 +160,8 @@ def measure(benchmark, session, suite) -> Callable:
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         comparison = Comparison(suite, task, shape, timed, work, name, x)
         session.add(comparison)
-        # A peer may fail; the library's own result must not.
-        assert timed[0].status == "ok", timed[0].status
+        failed = failures(comparison.as_rows(None))
+        assert timed[0].status == "ok" and not failed, "; ".join(failed) or timed[0].status
         return comparison
 
     return run

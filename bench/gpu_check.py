@@ -21,10 +21,10 @@ from voco_llama.bench.measure import OURS, Candidate, Comparison, Row, Work, com
 from voco_llama.bench.results import Results, describe_machine, file_name
 
 from bench import attention_peers, gpu_checks, gpu_kv, verified
-from bench.attention_problem import Problem
+from bench.attention_problem import Problem, unplanned
 from bench.gpu_table import BOTH, FORWARD, INJECTION, PLAN, PLAN_CPU, PLAN_DEVICE, table_lines
 from bench.kv_problem import Problem as KVProblem
-from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape, fresh
+from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape
 
 # Seconds that stay for timing however long tests and sanitizers take, and what compiling FlexAttention for a shape may need.
 TIMING_RESERVE, FLEX_RESERVE = 200, 60
@@ -245,7 +245,7 @@ class GpuCheck:
         host, rounds, rows = shape.layout(), 15, []
         cpu = torch.device("cpu")
         for name, device, timer in ((PLAN_DEVICE, clock.device, clock), (PLAN_CPU, cpu, Clock(cpu))):
-            layouts = [fresh(host, device) for _ in range(rounds + WARM_UPS)]
+            layouts = [unplanned(host.to(device)) for _ in range(rounds + WARM_UPS)]
             seconds = timer.times(lambda layouts=layouts: layouts.pop().prepare(), rounds)
             rows.append(Row(name, "ok", role=OURS, seconds=seconds, facts={"tokens": host.num_tokens}))
         self.results.add(Comparison("plan", PLAN, shape.name, rows))

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.attention_problem import RESULTS, Problem, error_over_bound, inputs_of, results_of
-from bench.shapes import AttentionShape, fresh
+from bench.attention_problem import RESULTS, Problem, error_over_bound, inputs_of, results_of, unplanned
+from bench.shapes import AttentionShape
 from bench.verified import ROOT
 from tests.reference import assert_error_rule, dense_results, kinds_of, mask_of_layout
 from voco_kernels.tiles import TilePlan, build_tiles
@@ -163,8 +163,7 @@ def _last_line(text: str, skip: str = "\0") -> str:
 def check_repeatable(shape: AttentionShape, device: torch.device, dtype: torch.dtype, backend: str) -> None:
     """Raise AssertionError unless two runs, each with a plan of its own, give the same bits for every result."""
     inputs, host = inputs_of(shape, device, dtype), shape.layout()
-    # Moved twice: other tensors, for which a plan is made again.
-    first, second = (results_of(*inputs, fresh(host, device), backend) for _ in range(2))
+    first, second = (results_of(*inputs, unplanned(host.to(device)), backend) for _ in range(2))
     for name in RESULTS:
         assert torch.equal(first[name], second[name]), f"{name} differs from run to run"
 

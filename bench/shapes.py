@@ -56,12 +56,6 @@ def _tokens(document: tuple[Text | Image, ...]) -> int:
     return sum(span.length if isinstance(span, Text) else span.vision + span.voco for span in document)
 
 
-def fresh(layout: VocoLayout, device: torch.device) -> VocoLayout:
-    """The layout in other tensors on `device`, for which nothing is kept yet."""
-    moved = (t.to(device, copy=True) for t in (layout.segment_ids, layout.public, layout.cu_seqlens, layout.position_ids))
-    return VocoLayout(*moved, layout.isolated)
-
-
 @dataclass(frozen=True)
 class KVShape:
     """Compressed K/V of `images` images of `vision` + `voco` tokens, in all layers of a model."""

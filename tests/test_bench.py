@@ -389,7 +389,8 @@ def test_wrong(measure):
     def check(result):
         assert result == 2, "it is not 2"
 
-    measure("wrong", "none", [Candidate("voco", lambda: 1, check, role="ours")])
+    good = Candidate("voco", lambda: 2, check, role="ours")
+    measure("wrong", "none", [good, Candidate("voco 2", lambda: 1, check, role="ours")])
 """
 
 
@@ -423,7 +424,8 @@ def test_a_suite_writes_rows_and_goes_on(suite, pytester):
         done.stdout.fnmatch_lines(["*it is in the results already"])
         assert (pytester.path / "made.txt").read_text() == "smalllarge", "what is there is not made again"
     statuses = {(row["task"], row["shape"], row["name"]): row["status"] for row in results.load(path)["rows"]}
-    assert statuses[("wrong", "none", "voco")] == "wrong: it is not 2" and len(statuses) == 5
+    assert statuses[("wrong", "none", "voco 2")] == "wrong: it is not 2" and len(statuses) == 6
+    done.stdout.fnmatch_lines(["*AssertionError: voco 2: wrong: it is not 2"])
 
 
 def test_how_a_suite_times(suite, pytester, monkeypatch):
