@@ -21,9 +21,10 @@ HOW_TO_READ = """\
 Times are medians [20th to 80th percentile] of rounds in which every implementation has one turn. A ratio is a median
 divided by that of the first line, ours, in the same rounds; what is wanted stands in brackets. FLOP/s and GB/s count
 useful work: the pairs that the mask allows, and inputs and results moved once. The roof is the least time that the
-device's measured matmul and copy rates allow for that work, as a share of the time taken. Peak memory is what is
-allocated beyond what was held before. "limit" is another result, to see how far ours is from it; "part" is some of the
-work of other lines. What had fewer than 5 rounds says how many. Empty: nobody measured it."""
+device's measured matmul and copy rates allow for that work, as a share of the time taken. Peak memory is what torch
+allocates beyond what was held before; it does not see numpy, with which a CPU makes plans. "limit" is another
+result, to see how far ours is from it; "part" is some of the work of other lines. What had fewer than 5 rounds
+says how many. Empty: nobody measured it."""
 
 
 @dataclass(frozen=True)
