@@ -9,9 +9,12 @@ TRITON ?= triton==3.9.0
 
 ifeq ($(strip $(VENV)),)
 STAMP :=
+PARALLEL :=
 PY := PYTHONPATH="$(CURDIR):$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 else
 STAMP := $(VENV)/.voco-installed
+# The tests of a file stay together: some share what is expensive to make.
+PARALLEL := -n 2 --dist loadfile
 PY := $(VENV)/bin/python
 endif
 
@@ -41,7 +44,7 @@ train-demo: $(STAMP) ## train the demo's model again
 	$(PY) -m voco_llama.demo.train
 
 test: lint ## lint and the quick tests: what CI runs
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 test-full: lint ## every test, also the slow ones and, on a GPU, those that need one
 	$(PY) -m pytest -m ""

@@ -395,8 +395,10 @@ def test_wrong(measure):
 
 
 @pytest.fixture
-def suite(pytester):
+def suite(pytester, monkeypatch):
     """run(*options): the suite above with bench/conftest.py, in a folder of its own."""
+    # pytest-benchmark measures nothing where tests run in parallel, as these may; the suite inside does not.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(test_sums=SUITE)
     pytester.makeconftest("from bench.conftest import *\n")
 
