@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from voco_kernels import VocoLayout
-
 from .configuration import VocoLlavaConfig
+from .layouts import layout_of
 
 IGNORED = -100
 
@@ -34,16 +33,7 @@ class VocoCollator:
                 raise ValueError(f"samples[{i}]['labels'] must be of the shape of its input_ids, but was {shapes}")
         input_ids = torch.cat([sample["input_ids"] for sample in samples])[None]
         lengths = torch.tensor([0] + [len(sample["input_ids"]) for sample in samples])
-        layout = VocoLayout.from_input_ids(
-            input_ids,
-            image_token_id=self.config.image_token_id,
-            voco_token_id=self.config.voco_token_id,
-            isolated=self.config.isolated,
-            positions=self.config.positions,
-            cu_seqlens=lengths.cumsum(0).to(torch.int32),
-            hide_prefix=self.config.hide_prefix,
-            image_start_id=self.config.image_start_id,
-        )
+        layout = layout_of(self.config, input_ids, cu_seqlens=lengths.cumsum(0).to(torch.int32))
         if layout.num_tokens and int(layout.position_ids.max()) >= limit:
             raise ValueError(
                 f"samples must fit the context of {limit} positions, but reach position {int(layout.position_ids.max())}"

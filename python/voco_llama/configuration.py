@@ -16,6 +16,8 @@ class VocoLlavaConfig(LlavaConfig):
         positions: "continuous" or "compact" (see `voco_kernels.VocoLayout`).
         image_start_id: a token that stands directly before each image and belongs to its segment (BOS), or None. It makes
             every image's segment the same wherever it stands, so its compressed form can be reused anywhere.
+        masked: whether text sees an image only through its VoCo tokens. If not, attention is plain causal: the upper bound
+            of the paper.
     """
 
     model_type = "voco_llava"
@@ -27,6 +29,7 @@ class VocoLlavaConfig(LlavaConfig):
     hide_prefix: bool = True
     positions: str = "continuous"
     image_start_id: int | None = 1
+    masked: bool = True
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sized
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from voco_kernels import VocoKV, VocoLayout
 from voco_kernels.integrations import transformers as voco_transformers
@@ -15,6 +16,7 @@ from voco_kernels.integrations.transformers import CACHE_NAME
 
 from . import stages
 from .configuration import VocoLlavaConfig
+from .layouts import layout_of
 from .processing import VocoProcessor
 from .video import frames_of
 
@@ -35,6 +37,9 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.set_attn_implementation({"text_config": voco_transformers.NAME})
         self._processor: VocoProcessor | None = None
         self._fingerprint: tuple[tuple, str] | None = None
+        # What training minimises, in place of cross-entropy over all logits (`voco_llama.training.objectives`). It runs
+        # inside of `forward`, where every launcher has the weights at hand and sees their use.
+        self.objective: Callable | None = None
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -86,18 +91,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def layout_of(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> VocoLayout:
         """The layout of a padded batch [B, S], padding kept."""
-        config = self.config
-        return VocoLayout.from_input_ids(
-            input_ids,
-            image_token_id=config.image_token_id,
-            voco_token_id=config.voco_token_id,
-            isolated=config.isolated,
-            positions=config.positions,
-            attention_mask=attention_mask,
-            hide_prefix=config.hide_prefix,
-            image_start_id=config.image_start_id,
-            keep_padding=True,
-        )
+        return layout_of(self.config, input_ids, attention_mask, keep_padding=True)
 
     # ---- single pass -------------------------------------------------------------------------------------------------
 
@@ -134,7 +128,7 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             cache, past_key_values: one cache, under either of the names that versions of transformers have for it.
 
         Returns:
-            LlavaCausalLMOutputWithPast
+            LlavaCausalLMOutputWithPast; of a model with an `objective`, given `labels`, its `loss` alone.
 
         Raises:
             ValueError: the LLaMA was switched to another attention than "voco", which would ignore the mask; an image with
@@ -164,6 +158,14 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if position_ids is None:
                 batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
                 position_ids = voco_layout.position_ids.view(batch, -1)
+        if labels is not None and self.objective is not None:
+            hidden = self.last_hidden_states(input_ids, pixel_values, position_ids, voco_layout)
+            loss = self.objective(
+                self, hidden, labels, input_ids, pixel_values, cu_seqlens, kwargs.get("num_items_in_batch")
+            )
+            return LlavaCausalLMOutputWithPast(loss=loss)
+        if self.training and pixel_values is None and input_ids is not None and _in_a_group():
+            inputs_embeds, input_ids = self._embed_without_images(input_ids), None
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -184,6 +186,24 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
             voco_transformers.keep_public_keys(cache, voco_layout, batch)
         return output
+
+    def last_hidden_states(self, input_ids, pixel_values, position_ids, voco_layout: VocoLayout) -> torch.Tensor:
+        """[B, S, E], of which an `objective` makes as many logits as it needs; arguments as those of `forward`."""
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
+        if self.training and pixel_values is None and _in_a_group():
+            inputs = {"inputs_embeds": self._embed_without_images(input_ids)}
+        return self.model(
+            **inputs, position_ids=position_ids, voco_layout=voco_layout, use_cache=False
+        ).last_hidden_state
+
+    def _embed_without_images(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of text, to which an image adds nothing.
+
+        Of several processes each must use the same weights in every step, or those with images wait for the others.
+        """
+        edge = self.config.vision_config.image_size
+        pixels = torch.zeros(1, 3, edge, edge, dtype=self.dtype, device=input_ids.device)
+        return self.get_input_embeddings()(input_ids) + 0 * stages.image_features(self, pixels).sum()
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, past_key_values=None, **kwargs
@@ -427,6 +447,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         limit = self.config.text_config.max_position_embeddings
         if last >= limit:
             raise ValueError(f"input_ids must fit the context of {limit} positions, but reach position {last}")
+
+
+def _in_a_group() -> bool:
+    """Whether this process trains together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _generate_in_stages(model, generate, input_ids, layout, voco_kv, **kwargs):

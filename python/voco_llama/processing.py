@@ -1,6 +1,7 @@
 """From images and text to token ids with vision and VoCo placeholders."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,27 +29,35 @@ VICUNA_TEMPLATE = (
 )
 
 
-def open_image(source) -> Image.Image:
-    """An RGB image from a path, a PIL image or a uint8 array [H, W, 3]; ValueError that says what is wrong with it."""
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
+def open_image(source, name: str | None = None) -> Image.Image:
+    """An RGB image from a path, a binary file, a PIL image or a uint8 array [H, W, 3]; ValueError that says what is wrong.
+
+    Args:
+        name: what errors call the image; `source` where None.
+    """
+    name = f"image {source if name is None else name}"
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
             raise ValueError(
                 f"image must be a uint8 array [H, W, 3], but was {source.dtype} of shape {list(source.shape)}"
             )
         return Image.fromarray(source).convert("RGB")
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike | io.BytesIO | Image.Image):
         raise ValueError(f"image must be a PIL image, a path or a uint8 array, but was {type(source).__name__}")
     try:
+        if isinstance(source, Image.Image):
+            return source.convert("RGB")
         with Image.open(source) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise ValueError(f"image {source} does not exist") from error
+        raise ValueError(f"{name} does not exist") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"image {source} is not an image file that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {source} cannot be read: {error}") from error
+        raise ValueError(f"{name} is not an image file that Pillow can read") from error
+    except MemoryError:
+        raise
+    # Pillow's decoders meet damaged files with errors of many types.
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 class VocoProcessor(LlavaProcessor):
@@ -60,6 +69,8 @@ class VocoProcessor(LlavaProcessor):
         voco_token: the VoCo token of the tokenizer.
         image_start_token: put before every image that does not already follow it (see `VocoLlavaConfig.image_start_id`);
             None for none.
+        num_compressed_tokens: tokens of an image where something before the LLaMA makes fewer of it
+            (`voco_llama.baselines`); None for all vision tokens.
         image_processor, tokenizer, ...: as in `LlavaProcessor`.
     """
 
@@ -76,6 +87,7 @@ class VocoProcessor(LlavaProcessor):
         max_voco_tokens=2,
         voco_token="<voco>",
         image_start_token="<s>",
+        num_compressed_tokens=None,
         **kwargs,
     ):
         super().__init__(
@@ -93,6 +105,7 @@ class VocoProcessor(LlavaProcessor):
         self.voco_token = voco_token
         self.voco_token_id = tokenizer.convert_tokens_to_ids(voco_token)
         self.image_start_token = image_start_token
+        self.num_compressed_tokens = num_compressed_tokens
 
     def __call__(
         self,
@@ -131,7 +144,7 @@ class VocoProcessor(LlavaProcessor):
             if images:
                 features["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
         counts = iter(counts)
-        expanded = [self._expand(prompt, counts) for prompt in prompts]
+        expanded = [self.expand(prompt, counts) for prompt in prompts]
         # Not verbose: what a prompt takes of the context depends on the position policy; the model checks that.
         options = {"padding": True, "return_token_type_ids": False, "verbose": False, **text_kwargs}
         tokens = self.tokenizer(expanded, return_tensors=return_tensors, **options)
@@ -139,7 +152,9 @@ class VocoProcessor(LlavaProcessor):
 
     @property
     def num_image_tokens(self) -> int:
-        """Vision tokens of one image."""
+        """Tokens that stand for one image, VoCo tokens not counted."""
+        if self.num_compressed_tokens is not None:
+            return self.num_compressed_tokens
         size = dict(self.image_processor.size)
         if getattr(self.image_processor, "do_center_crop", False):
             size = dict(self.image_processor.crop_size)
@@ -153,22 +168,36 @@ class VocoProcessor(LlavaProcessor):
 
         A sequence has a number per source: the frames of a video stand side by side where the template has one image.
         """
+        return self.conversation([question], num_images)
+
+    def conversation(self, turns: Sequence[str], num_images: int | Sequence[int] = 1) -> str:
+        """The chat template's text of questions and answers in turn, all images (see `prompt`) with the first question.
+
+        After a question it ends as a prompt does, ready for the answer.
+        """
         frames = [1] * num_images if isinstance(num_images, int) else list(num_images)
-        content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": question}]
-        prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        messages = [
+            {"role": "assistant" if i % 2 else "user", "content": [{"type": "text", "text": turn}]}
+            for i, turn in enumerate(turns)
+        ]
+        messages[0]["content"] = [{"type": "image"}] * len(frames) + messages[0]["content"]
+        text = self.apply_chat_template(messages, add_generation_prompt=len(turns) % 2 == 1)
         left = iter(frames)
-        return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(left, 1), prompt)
+        return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(left, 1), text)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides what the model sees of an image: pixels and placeholder text."""
         settings = self.image_processor.to_dict()
         noise = ("image_processor_type", "processor_class", "_name_or_path", "transformers_version")
         settings = {key: value for key, value in settings.items() if key not in noise and value is not None}
-        ids = self.tokenizer(self._expand(self.image_token, iter([1]))).input_ids
+        ids = self.tokenizer(self.expand(self.image_token, iter([1]))).input_ids
         return hashlib.sha256(json.dumps([settings, ids], sort_keys=True, default=str).encode()).hexdigest()
 
-    def _expand(self, prompt: str, counts: Iterator[int]) -> str:
-        """Each `<image>` written out; the tokenizer itself puts the start token before a prompt that begins with one."""
+    def expand(self, prompt: str, counts: Iterator[int]) -> str:
+        """A prompt with each `<image>` written out as its tokens, of which `counts` gives the VoCo tokens of the next image.
+
+        The tokenizer itself puts the start token before a prompt that begins with an image.
+        """
 
         def image(match: re.Match) -> str:
             count = next(counts)
