@@ -195,6 +195,23 @@ def test_extra_keywords_of_trainers_are_accepted(model):
     torch.testing.assert_close(with_count, plain * (ids.shape[1] - 1) / 7)
 
 
+def test_autocast(model):
+    """As trainers run it: float32 weights, products in bfloat16; logits and gradients as close as eager's under autocast."""
+    ids, mask = batch_of("bvvvcctt", "btvvvvcctttt")
+    layout, labels = builder()(ids, attention_mask=mask), labels_of(ids, mask)
+    dense, positions = additive_mask(layout, len(ids)), layout.position_ids.view(ids.shape)
+    other = twin(model, "eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = single_pass(model, ids, layout, mask, labels=labels)
+        eager = other(ids, attention_mask=dense, position_ids=positions, labels=labels)
+    exact = exact_logits(model, ids, layout)
+    seen = torch.from_numpy(kinds_of(layout) != PADDING)
+    errors = [(x.logits.double().flatten(0, 1)[seen] - exact.flatten(0, 1)[seen]).abs().max() for x in (got, eager)]
+    assert 0 < errors[0] <= 2 * errors[1]
+    for (name, x), y in zip(gradients(model, got.loss).items(), gradients(other, eager.loss).values()):
+        assert (x - y).abs().max() <= 0.1 * y.abs().max(), name
+
+
 # ---- plain causal, without a layout ------------------------------------------------------------------------------------
 
 

@@ -350,6 +350,10 @@ def _causal_layout(padding: torch.Tensor) -> VocoLayout:
 def _packed(query, key, value, layout: VocoLayout, scaling: float | None) -> torch.Tensor:
     """[B, S, Hq, D]: the batch's rows as documents of one packed sequence. A static cache's unused tail is left out."""
     batch, _, length, _ = query.shape
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # As autocast does for SDPA: the rotation leaves queries and keys in float32, values are of the lower dtype.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[:, :, :length].transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     return voco_attention(q, k, v, layout, scale=scaling).unflatten(0, (batch, length))
 
