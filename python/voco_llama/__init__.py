@@ -9,18 +9,30 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from .baselines import CompressedLlavaConfig, CompressedLlavaForConditionalGeneration
 from .collator import VocoCollator
 from .configuration import VocoLlavaConfig
 from .modeling import VocoLlavaForConditionalGeneration
 from .processing import VocoProcessor
 
-AutoConfig.register(VocoLlavaConfig.model_type, VocoLlavaConfig)
-AutoModelForImageTextToText.register(VocoLlavaConfig, VocoLlavaForConditionalGeneration)
-AutoProcessor.register(VocoLlavaConfig, VocoProcessor)
-# Checkpoints of llava-hf have other key names than the modules. transformers converts them for its own classes only, and
-# would leave `lm_head` random here.
-register_checkpoint_conversion_mapping(
-    VocoLlavaConfig.model_type, get_checkpoint_conversion_mapping("llava"), overwrite=True
-)
+for _config, _model in (
+    (VocoLlavaConfig, VocoLlavaForConditionalGeneration),
+    (CompressedLlavaConfig, CompressedLlavaForConditionalGeneration),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForImageTextToText.register(_config, _model)
+    AutoProcessor.register(_config, VocoProcessor)
+    # Checkpoints of llava-hf have other key names than the modules. transformers converts them for its own classes only,
+    # and would leave `lm_head` random here.
+    register_checkpoint_conversion_mapping(
+        _config.model_type, get_checkpoint_conversion_mapping("llava"), overwrite=True
+    )
 
-__all__ = ["VocoCollator", "VocoLlavaConfig", "VocoLlavaForConditionalGeneration", "VocoProcessor"]
+__all__ = [
+    "CompressedLlavaConfig",
+    "CompressedLlavaForConditionalGeneration",
+    "VocoCollator",
+    "VocoLlavaConfig",
+    "VocoLlavaForConditionalGeneration",
+    "VocoProcessor",
+]

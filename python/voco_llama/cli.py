@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
-from . import cache_cli
+from . import cache_cli, convert_cli, train_cli
 from .bench import cli as bench_cli
+from .demo import dataset
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +28,10 @@ app = typer.Typer(
 )
 app.add_typer(cache_cli.app, name="cache")
 app.add_typer(bench_cli.app, name="bench")
+app.command()(convert_cli.convert)
+app.command()(train_cli.train)
+app.command()(train_cli.recipe)
+app.command()(dataset.digits)
 # Results go to standard output, everything else to standard error, so that --json can be piped.
 messages = Console(stderr=True)
 output = Console()
@@ -47,7 +53,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        messages.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        messages.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -25,22 +25,28 @@ class VocoCollator:
         self.config = config
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pack samples; ValueError where a sample's labels or length do not fit."""
+        """Pack samples, which stay as they are; ValueError where one holds no tokens, or its fields or length do not fit."""
         limit = self.config.text_config.max_position_embeddings
+        if not len(samples):
+            raise ValueError("samples must hold at least one, but hold none")
         for i, sample in enumerate(samples):
-            if sample["labels"].shape != sample["input_ids"].shape:
-                shapes = f"{list(sample['labels'].shape)} for {list(sample['input_ids'].shape)}"
-                raise ValueError(f"samples[{i}]['labels'] must be of the shape of its input_ids, but was {shapes}")
+            ids, labels = sample["input_ids"], sample["labels"]
+            if ids.ndim != 1 or ids.dtype != torch.int64 or not len(ids):
+                found = f"{ids.dtype} {list(ids.shape)}"
+                raise ValueError(f"samples[{i}]['input_ids'] must be int64 [S] with S of at least 1, but was {found}")
+            if labels.shape != ids.shape or labels.dtype != torch.int64:
+                found = f"{labels.dtype} {list(labels.shape)} for {list(ids.shape)}"
+                raise ValueError(f"samples[{i}]['labels'] must be of the shape of its input_ids, int64, but was {found}")
         input_ids = torch.cat([sample["input_ids"] for sample in samples])[None]
         lengths = torch.tensor([0] + [len(sample["input_ids"]) for sample in samples])
         layout = layout_of(self.config, input_ids, cu_seqlens=lengths.cumsum(0).to(torch.int32))
-        if layout.num_tokens and int(layout.position_ids.max()) >= limit:
+        if int(layout.position_ids.max()) >= limit:
             raise ValueError(
                 f"samples must fit the context of {limit} positions, but reach position {int(layout.position_ids.max())}"
             )
         labels = torch.cat([sample["labels"] for sample in samples])
         # A document's first token is no continuation of the document before it.
-        labels[layout.cu_seqlens[:-1][lengths[1:] > 0].long()] = IGNORED
+        labels[layout.cu_seqlens[:-1].long()] = IGNORED
         batch = {
             "input_ids": input_ids,
             "labels": labels[None],
@@ -49,7 +55,25 @@ class VocoCollator:
             "public": layout.public,
             "cu_seqlens": layout.cu_seqlens,
         }
-        images = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
-        if images and sum(len(x) for x in images):
+        images = _images_of(samples)
+        if images:
             batch["pixel_values"] = torch.cat(images)
         return batch
+
+
+def _images_of(samples: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """The pixel values of the samples that have some, all of one kind."""
+    images: list[torch.Tensor] = []
+    for i, sample in enumerate(samples):
+        x = sample.get("pixel_values")
+        if x is None or not len(x):
+            continue
+        first = images[0] if images else x
+        if x.ndim != 4 or not x.is_floating_point() or (x.dtype, x.shape[1:]) != (first.dtype, first.shape[1:]):
+            wanted = f"like those of the samples before it, {first.dtype} [images, {', '.join(map(str, first.shape[1:]))}]"
+            raise ValueError(
+                f"samples[{i}]['pixel_values'] must be {wanted if images else 'floating point [images, 3, H, W]'}, "
+                f"but was {x.dtype} {list(x.shape)}"
+            )
+        images.append(x)
+    return images

@@ -160,12 +160,11 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 position_ids = voco_layout.position_ids.view(batch, -1)
         if labels is not None and self.objective is not None:
             hidden = self.last_hidden_states(input_ids, pixel_values, position_ids, voco_layout)
-            loss = self.objective(
-                self, hidden, labels, input_ids, pixel_values, cu_seqlens, kwargs.get("num_items_in_batch")
-            )
+            count = kwargs.get("num_items_in_batch")
+            loss = self.objective(self, hidden, labels, input_ids, pixel_values, cu_seqlens, count)
             return LlavaCausalLMOutputWithPast(loss=loss)
         if self.training and pixel_values is None and input_ids is not None and _in_a_group():
-            inputs_embeds, input_ids = self._embed_without_images(input_ids), None
+            inputs_embeds, input_ids = self._embed(input_ids, None), None
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -189,21 +188,22 @@ class VocoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def last_hidden_states(self, input_ids, pixel_values, position_ids, voco_layout: VocoLayout) -> torch.Tensor:
         """[B, S, E], of which an `objective` makes as many logits as it needs; arguments as those of `forward`."""
-        inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
-        if self.training and pixel_values is None and _in_a_group():
-            inputs = {"inputs_embeds": self._embed_without_images(input_ids)}
-        return self.model(
-            **inputs, position_ids=position_ids, voco_layout=voco_layout, use_cache=False
-        ).last_hidden_state
+        options = {"position_ids": position_ids, "voco_layout": voco_layout, "use_cache": False}
+        return self.model(inputs_embeds=self._embed(input_ids, pixel_values), **options).last_hidden_state
 
-    def _embed_without_images(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of text, to which an image adds nothing.
+    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """[B, S, E] of tokens and images; for several processes, text without images gets one that adds nothing.
 
-        Of several processes each must use the same weights in every step, or those with images wait for the others.
+        Each must use the same weights in the same order in every step, or they wait for each other.
         """
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            features = stages.image_features(self, pixel_values).to(embeddings.dtype)
+            return embeddings.masked_scatter(self.model.get_placeholder_mask(input_ids, embeddings, features), features)
+        if not self.training or not _in_a_group():
+            return embeddings
         edge = self.config.vision_config.image_size
-        pixels = torch.zeros(1, 3, edge, edge, dtype=self.dtype, device=input_ids.device)
-        return self.get_input_embeddings()(input_ids) + 0 * stages.image_features(self, pixels).sum()
+        return embeddings + 0 * stages.image_features(self, embeddings.new_zeros(1, 3, edge, edge)).sum()
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, past_key_values=None, **kwargs

@@ -18,11 +18,13 @@ PATCH = 4  # pixels of one vision token, each way
 MAX_VOCO = 8  # VoCo tokens per image that the model is trained with, at most
 DEFAULT_VOCO = 2
 INITIAL_STD = 0.06  # transformers' 0.02 is meant for layers ten times as wide, and learns much slower here
-# Images first, then the question; the answer is one word.
+# Images first, then questions, each with its answer of one word.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %} answer: {% endif %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} answer:{% endif %}"
 )
 
