@@ -22,7 +22,7 @@ endif
 RUN = $(if $(PART),--part $(PART)) $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo train-demo test test-full lint bench gpu-bench gpu-check wheel clean
+.PHONY: help env demo retention train-demo test test-full lint bench gpu-bench gpu-check wheel clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ endif
 
 demo: $(STAMP) ## the whole two-stage path on a small model
 	$(PY) -m voco_llama.cli demo
+
+retention: $(STAMP) ## train all systems on digits and write the paper's tables; SMOKE=1 for a trial, ARGS="--minutes 60"
+	$(PY) -m voco_llama.retention --out "$(or $(OUT),voco-retention$(if $(SMOKE),-smoke))" $(if $(SMOKE),--smoke) $(ARGS)
 
 train-demo: $(STAMP) ## train the demo's model again
 	$(PY) -m voco_llama.demo.train

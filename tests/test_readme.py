@@ -26,18 +26,41 @@ def commands():
     return [line for line in lines if line]
 
 
+TRAINING = -5  # the commands of the section on training are the last ones
+
+
+def voco_commands():
+    lines = [shlex.split(line.partition(">")[0]) for line in commands()]
+    return [words for words in lines if words[0] == "voco"]
+
+
+def run(words, folder) -> str:
+    """What `voco ...` prints."""
+    command = [sys.executable, "-m", "voco_llama.cli", *words[1:]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (words, done.stderr)
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
 def test_commands_run_as_written(folder):
-    ours = [shlex.split(line) for line in commands() if line.startswith("voco ")]
+    ours = voco_commands()[:TRAINING]
     assert {words[1] for words in ours} == {"demo", "compress", "ask", "cache", "info"}
     for words in ours:
-        command = [sys.executable, "-m", "voco_llama.cli", *words[1:]]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (words, done.stderr)
+        run(words, folder)
+
+
+@pytest.mark.full
+def test_a_model_is_trained_as_written(folder):
+    *ours, convert = voco_commands()[TRAINING:]
+    assert [words[1] for words in ours] == ["digits", "train", "ask", "recipe"] and convert[1] == "convert"
+    for words in ours:
+        run(words, folder)
+    assert run(ours[2], folder).strip() in "01234"
 
 
 def test_examples_run_as_written(folder):
@@ -81,7 +104,7 @@ def test_accuracies_of_clips_are_the_recorded_ones():
 
 
 def test_it_stays_short():
-    assert len(README.splitlines()) <= 135
+    assert len(README.splitlines()) <= 155
 
 
 def test_tile_efficiencies_are_the_counted_ones():

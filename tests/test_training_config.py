@@ -1,15 +1,18 @@
 """Training configurations: every key is checked, and the shipped ones say what they do."""
 
 import dataclasses
+import json
 import math
 import re
+from typing import ClassVar
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
-from voco_llama.training import DataConfig, LoraConfig, TrainingConfig, VideoConfig
+from voco_llama.training import DataConfig, LoraConfig, TrainingConfig, VideoConfig, run
+from voco_llama.training.launch import LAUNCH
 from voco_llama.training.recipes import recipes, title
 from voco_llama.training.run import arguments_of
 
@@ -220,9 +223,32 @@ def test_a_recipe_loads_and_has_the_batch_that_it_states(tmp_path, name, monkeyp
     assert config.out.parent == tmp_path / "out"
     assert title(text) and not title(text).startswith("#")
     # A GPU that is not here would be needed for bfloat16 in some versions.
-    arguments = arguments_of(dataclasses.replace(config, trainer={**trainer, "bf16": False}))
+    here = {key: value for key, value in trainer.items() if key not in ("bf16", "deepspeed")}
+    arguments = arguments_of(dataclasses.replace(config, trainer=here))
     assert trainer["bf16"] and arguments.lr_scheduler_type == "cosine"
     assert arguments.get_warmup_steps(1000) == math.ceil(0.03 * 1000)
+
+
+def test_recipes_for_zero3_get_it(tmp_path, monkeypatch):
+    """What is started with zero3.yaml must have DeepSpeed's settings, or each GPU would hold the whole model."""
+    given = {}
+
+    class Fake:
+        """Without DeepSpeed, which would act upon every model that is loaded afterwards."""
+
+        __dataclass_fields__: ClassVar = TrainingArguments.__dataclass_fields__
+        n_gpu = 0
+
+        def __init__(self, **settings):
+            given.update(settings)
+
+    monkeypatch.setattr(run, "TrainingArguments", Fake)
+    for name, text in recipes().items():
+        given.clear()
+        arguments_of(load(tmp_path, text))
+        path = str(LAUNCH / "zero3.json") if "zero3.yaml" in text else None
+        assert given.get("deepspeed") == path, name
+    assert json.loads((LAUNCH / "zero3.json").read_text())["zero_optimization"]["stage"] == 3
 
 
 def test_the_recipes_are_those_of_the_paper():

@@ -17,8 +17,11 @@ from . import checkpoints, distributed, models, objectives, outputs
 from .config import TrainingConfig
 from .curves import LogFiles, losses_of
 from .dataset import ConversationDataset
+from .launch import LAUNCH
 from .progress import Lines
 from .trainer import VocoTrainer
+
+ZERO3 = "zero3"
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def train(config: TrainingConfig, records: Sequence[dict] | None = None, resume:
 def arguments_of(config: TrainingConfig) -> TrainingArguments:
     """`config.trainer` as transformers' TrainingArguments.
 
-    What differs from their defaults: a log every 10 steps, TensorBoard where it is installed, 2 checkpoints kept, and
-    gradient checkpointing of the kind that is not reentrant.
+    `deepspeed: zero3` is the file of that name in `launch`. What differs from their defaults: a log every 10 steps,
+    TensorBoard where it is installed, 2 checkpoints kept, and gradient checkpointing of the kind that is not reentrant.
 
     Raises:
         ValueError: whatever TrainingArguments refuse; several GPUs in one process.
@@ -100,6 +103,8 @@ def arguments_of(config: TrainingConfig) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         **config.trainer,
     }
+    if settings.get("deepspeed") == ZERO3:
+        settings["deepspeed"] = str(LAUNCH / f"{ZERO3}.json")
     if settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"):
         settings.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     for name in ("checkpointing", "checkpointing_kwargs"):
