@@ -24,7 +24,7 @@ from voco_llama import VocoProcessor
 from voco_llama.demo.build import build_processor
 from voco_llama.processing import VICUNA_TEMPLATE, open_image, pixels_digest
 
-SYSTEM = "A chat between a curious human and an artificial intelligence assistant."
+SYSTEM = "A chat between a curious user and an artificial intelligence assistant of the image."
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_vicuna_template_of_a_conversation(ours):
     prompt = ours.apply_chat_template(conversation, add_generation_prompt=True)
     assert ours.chat_template == VICUNA_TEMPLATE
     assert prompt.startswith(f"<image>\n{SYSTEM}")
-    assert prompt.endswith(" USER: first ASSISTANT: yes</s> USER: second ASSISTANT:")
+    assert prompt.endswith(" USER: first ASSISTANT: yes</s>USER: second ASSISTANT:")
     assert not ours.apply_chat_template(conversation).endswith("ASSISTANT:")
 
 

@@ -40,8 +40,8 @@ from voco_llama.training.dataset import ConversationDataset, Epochs
 from voco_llama.training.images import Shards, shards_of
 
 SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the human's questions."
+    "A chat between a curious user and an artificial intelligence assistant{}. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions. "
 )
 OURS = processor()
 
@@ -117,9 +117,9 @@ def by_hand(turns, counts) -> tuple[list[int], list[int]]:
             for _ in range(count):
                 special(VOCO)
         plain("\n")
-    plain(SYSTEM, first=not counts)
+    plain(SYSTEM.format(" of the image" if counts else ""), first=not counts)
     for i in range(0, len(turns), 2):
-        plain(f" USER: {turns[i]} ASSISTANT:", first=i > 0)
+        plain(f"USER: {turns[i]} ASSISTANT:", first=i > 0)
         plain(f" {turns[i + 1]}", learnt=True, first=False)
         special(EOS, learnt=True)
     return ids, labels
@@ -392,7 +392,7 @@ WRONG = {
     "turn": ({"conversations": ["hi"]}, "conversations[0] must hold from and value, but was 'hi'"),
     "roles": (
         {"conversations": conversation("a", "b")[::-1]},
-        "conversations[0]['from'] must be 'human', but was 'gpt'",
+        "conversations must hold an answer of 'gpt' to a question, but hold none",
     ),
     "same role": (
         {"conversations": conversation("a", "b")[:1] * 2},
@@ -403,8 +403,8 @@ WRONG = {
         "conversations[0]['from'] must be 'human', but was 'system'",
     ),
     "no answer": (
-        {"conversations": conversation("a", "b", "c")},
-        "conversations must end with an answer of 'gpt', but hold 3 turns",
+        {"conversations": conversation("a")},
+        "conversations must hold an answer of 'gpt' to a question, but hold none",
     ),
     "number": ({"conversations": conversation("a", 5)}, "conversations[1]['value'] must be text, but was 5"),
     "no value": (
@@ -478,8 +478,16 @@ def test_wrong_records(tmp_path, wrong, message):
     assert line["reason"].startswith(message)
 
 
+def test_turns_without_a_partner_are_left_out():
+    """An answer in front and a question at the end, which some of LLaVA's data have."""
+    whole = conversation("a", "b", "c", "d")
+    expected = data_of([{"conversations": whole}])[0]
+    lonely = [{"from": "gpt", "value": "x"}, *whole, {"from": "human", "value": "y"}]
+    assert_same(data_of([{"conversations": lonely}])[0], expected)
+
+
 def test_the_report_names_the_id_of_a_record():
-    with pytest.raises(ValueError, match=r"records, 0 \(id '0001'\): conversations must end"):
+    with pytest.raises(ValueError, match=r"records, 0 \(id '0001'\): conversations must hold an answer"):
         data_of([{"id": "0001", "conversations": conversation("a")}])[0]
 
 
@@ -701,7 +709,7 @@ def as_json(x) -> bytes:
 
 def test_webdataset_samples(tmp_path):
     """`key.jpg` and `key.json` side by side; whatever the JSON says about its image, the one of the same key is its own."""
-    about = record("lost/name.jpg", answer="a")
+    about = record("lost/name.jpg", answer="a", video="lost/name.mp4")
     write_tar(tmp_path / "0.tar", {"s/1.json": as_json(about), "s/1.png": png(1), "s/1.txt": b"ignored"})
     second = {"s/2.PNG": png(2), "s/2.json": as_json(record(None, answer="b")), "3.json": as_json(text(3)), "4.png": png(4)}
     # The same file name in another folder, and an image that the JSON names itself.
@@ -926,7 +934,7 @@ def test_a_tokenizer_that_joins_question_and_answer():
         extra_special_tokens={"image_token": "<image>", "voco_token": "<voco>"},
     )
     own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    message = r"tokenizer must end a token where an answer begins and where it ends, but joins 'SSISTANT: two</s> '"
+    message = r"tokenizer must end a token where an answer begins and where it ends, but joins 'SSISTANT: two</s>U'"
     refused(VocoProcessor(image_processor(), joining, **own), message)
 
 
@@ -953,7 +961,7 @@ def test_workers(places, images, start):
     """The same samples from any number of processes, which share counts and epoch with the one that asks."""
     (places / "images" / NAMES[1]).write_bytes(b"x")
     write_tar(places / "08.tar", {NAMES[0]: png(0), NAMES[3]: b"x"})
-    settings = {"images": images, "on_error": "skip", "max_length": 203}
+    settings = {"images": images, "on_error": "skip", "max_length": 214}
     data, alone = (files_of(places, "a.json", **settings) for _ in range(2))
     for dataset in (data, alone):
         dataset.choices = (1, 2, 4)

@@ -189,13 +189,14 @@ def test_rates_count_tokens_images_and_labels(base, tmp_path):
     assert first["labelled_share"] == pytest.approx(answer / tokens, abs=1e-4)
 
 
-def test_smoothing_is_a_mean_of_what_came_before():
+def test_smoothing_takes_as_much_from_either_side():
     losses = np.random.default_rng(0).random(200)
     found = curves.smoothed(list(losses))
-    keep = 1 - 1 / curves.MEMORY
-    for i in (0, 1, 50, 199):
-        shares = keep ** np.arange(i, -1, -1.0)
-        assert found[i] == pytest.approx((shares * losses[: i + 1]).sum() / shares.sum())
+    for i, half in ((0, 0), (2, 2), (50, 5), (197, 2), (199, 0)):
+        assert found[i] == pytest.approx(losses[i - half : i + half + 1].mean())
+    # So a loss that falls evenly is not lifted, and of few values nothing is made.
+    assert curves.smoothed([float(-x) for x in range(300)]) == pytest.approx([-x for x in range(300)])
+    assert curves.smoothed([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
 
 
 # ---- going on ----------------------------------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-# The prompt of the released VoCo-LLaMA code: images first, then the system prompt and the conversation.
+# The prompt of the released VoCo-LLaMA code: images, then the system prompt, which speaks of them, and the conversation.
 VICUNA_TEMPLATE = (
+    "{% set seen = namespace(image=false) %}"
     "{% for message in messages %}{% if message['content'] is not string %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}{% endif %}{% endfor %}"
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the human's questions."
+    "{% if part['type'] == 'image' %}<image>\n{% set seen.image = true %}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "A chat between a curious user and an artificial intelligence assistant{% if seen.image %} of the image{% endif %}. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     "{% for message in messages %}"
-    "{{ ' USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
+    "{{ 'USER: ' if message['role'] == 'user' else ' ASSISTANT: ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}</s>{% endif %}"

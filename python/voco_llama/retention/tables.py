@@ -33,7 +33,8 @@ def markdown(scores: Scores) -> str:
         *_table("Table 1: systems at one token", every, GENERAL, scores),
         *_table("Table 2: numbers of VoCo tokens", [_UPPER, *counts, _LOWER], GENERAL, scores),
         *_table("Table 3: LLaMA-VID and VoCo", [_UPPER, *few, _LOWER], GENERAL, scores),
-        "N counts the content tokens of LLaMA-VID; its context token comes on top, so it has one token more than VoCo.",
+        "N counts the content tokens of LLaMA-VID; its context token comes on top, so it has one token more than VoCo. In "
+        "training all questions of an image guide it at once, and one in the evaluation.",
         "",
         *_fewer(scores),
         *_table('Table 5: localisation ("where is the 7", IoU above 0.5)', boxes, (LOCATE,), scores),

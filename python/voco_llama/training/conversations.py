@@ -67,8 +67,15 @@ class Conversation:
 
 
 def _turns(conversations) -> list[str]:
+    """The questions and answers in turn.
+
+    As in LLaVA an answer without a question before it and a question without an answer behind it are left out; some of its
+    data have them.
+    """
     if not isinstance(conversations, list | tuple) or not conversations:
         raise ValueError(f"conversations must be a list of questions and answers in turn, but was {conversations!r:.80}")
+    if isinstance(conversations[0], Mapping) and conversations[0].get("from") == ROLES[1]:
+        conversations = conversations[1:]
     for i, turn in enumerate(conversations):
         if not isinstance(turn, Mapping):
             raise ValueError(f"conversations[{i}] must hold from and value, but was {turn!r:.80}")
@@ -78,9 +85,9 @@ def _turns(conversations) -> list[str]:
             raise ValueError(f"conversations[{i}]['value'] must be text, but was {turn.get('value')!r:.80}")
         if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
             raise ValueError(f"conversations[{i}]['value'] must be whole characters, but was {turn['value']!r:.80}")
-    if len(conversations) % 2:
-        raise ValueError(f"conversations must end with an answer of 'gpt', but hold {len(conversations)} turns")
-    return [turn["value"] for turn in conversations]
+    if len(conversations) < 2:
+        raise ValueError("conversations must hold an answer of 'gpt' to a question, but hold none")
+    return [turn["value"] for turn in conversations[: len(conversations) // 2 * 2]]
 
 
 def _without_markers(question: str, kind: str, count: int) -> str:

@@ -10,8 +10,8 @@ from voco_llama.bench.files import write_atomically
 
 LOG = "log.jsonl"
 CURVE = "loss.png"
-# Steps of the log that the smoothed curve remembers, roughly.
-MEMORY = 20
+# The smoothed curve is the mean of this share of all logged values to either side of each.
+SHARE = 1 / 40
 
 
 class LogFiles(TrainerCallback):
@@ -51,12 +51,13 @@ def losses_of(log: list[dict]) -> list[tuple[int, float]]:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Exponential average of about the last `MEMORY` values; at the beginning, of those there are."""
-    result, total, weight, keep = [], 0.0, 0.0, 1 - 1 / MEMORY
-    for loss in losses:
-        total, weight = keep * total + loss, keep * weight + 1
-        result.append(total / weight)
-    return result
+    """The mean of each value and as many to its left as to its right: `SHARE` of all, fewer at the ends.
+
+    One of values before it alone would lie above a loss that falls.
+    """
+    last, widest = len(losses) - 1, int(SHARE * len(losses))
+    halves = (min(i, last - i, widest) for i in range(len(losses)))
+    return [sum(losses[i - half : i + half + 1]) / (2 * half + 1) for i, half in enumerate(halves)]
 
 
 def draw(losses: list[tuple[int, float]], path: Path) -> None:
@@ -67,7 +68,7 @@ def draw(losses: list[tuple[int, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, values, color="0.75", linewidth=1, label="logged")
-    axes.plot(steps, smoothed(values), color="tab:blue", linewidth=1.5, label=f"mean of about {MEMORY} values")
+    axes.plot(steps, smoothed(values), color="tab:blue", linewidth=1.5, label="smoothed")
     axes.set(xlabel="step", ylabel="loss per answer token")
     axes.grid(alpha=0.3)
     axes.legend()
