@@ -1,13 +1,15 @@
 """The systems that the paper compares, a word each: what an image becomes, and what the text sees of it."""
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from voco_kernels.integrations.transformers import CACHE_NAME
 
-from .baselines import with_compressor
+from .baselines import CompressedLlavaConfig, with_compressor
 from .modeling import VocoLlavaForConditionalGeneration
 from .processing import VocoProcessor
 
@@ -104,35 +106,39 @@ def system_of(name: str) -> System:
 
 
 def prepare(
-    name: str, model: VocoLlavaForConditionalGeneration, processor: VocoProcessor, num_tokens: int
+    name: str,
+    model: VocoLlavaForConditionalGeneration,
+    processor: VocoProcessor,
+    num_tokens: int,
+    *,
+    qformer_config: dict | None = None,
 ) -> tuple[VocoLlavaForConditionalGeneration, VocoProcessor]:
-    """A checkpoint as the named system: its projector replaced, or its attention and its counts set, in place.
+    """Turn a model into the system of that name; a compressor starts from random weights (`baselines.with_compressor`).
+
+    A system with a compressor is a new model that shares the vision tower and the LLaMA, unless `model` has that compressor
+    already; otherwise `model` itself is changed. So is `processor`, which becomes the model's.
 
     Args:
-        model: a LLaVA or VoCo checkpoint; one that has been trained as `name` is left as it is.
-        num_tokens: VoCo tokens per image, tokens of a compressor, or content tokens of LLaMA-VID.
-
-    Returns:
-        (model, processor); a model with a new compressor shares all its other weights with the one that was given.
+        num_tokens: tokens of an image, at least 1: VoCo tokens, or what a compressor makes of it ("llama_vid" adds its
+            context token); without meaning for "full_caching".
+        qformer_config: of the Q-Former of "q_former" and "llama_vid" (see `CompressedLlavaConfig`).
 
     Raises:
-        ValueError: a model with another compressor, or with one for another number of tokens.
+        ValueError: a name that is none; a number below 1; a model with another compressor, or one for another number.
     """
     system = system_of(name)
-    found = getattr(model.config, "compressor", None)
-    if found is not None and (found, model.config.num_compressed_tokens) != (system.compressor, num_tokens):
-        raise ValueError(
-            f"model must be made for system {name!r} with {num_tokens} tokens, but is {found!r} with "
-            f"{model.config.num_compressed_tokens}"
-        )
-    if system.compressor is None:
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, but was {num_tokens}")
+    if system.compressor is not None and not isinstance(model.config, CompressedLlavaConfig):
+        model = with_compressor(model, system.compressor, num_tokens, qformer_config)
+    _check(system, model, num_tokens)
+    if system.compressor is not None:
+        processor.num_compressed_tokens = model.config.tokens_per_image
+    else:
         model.config.masked = system.masked
-        model.processor = processor
-        return model, processor
-    if found is None:
-        model = with_compressor(model, system.compressor, num_tokens)
-    processor.num_compressed_tokens = model.config.tokens_per_image
-    processor.num_voco_tokens = 0
+    count = num_tokens if system.voco_tokens else 0
+    for part in (model.config, processor):
+        part.num_voco_tokens, part.max_voco_tokens = count, max(count, part.max_voco_tokens)
     model.processor = processor
     return model, processor
 
@@ -142,48 +148,80 @@ def answer(
     name: str,
     model: VocoLlavaForConditionalGeneration,
     questions: Sequence[str],
-    images: Sequence,
+    images: Sequence[Sequence],
     num_tokens: int,
     **kwargs,
 ) -> list[str]:
-    """Greedy answers to a question about each image, as the named system is meant to be used.
+    """Answers to a batch of questions, as the system of that name gives them with the weights of `model`.
 
-    VoCo models compress first and answer over the compressed K/V; full caching answers behind the cache of all vision
-    tokens, image by image; all others answer in a single pass.
+    "voco" compresses the images and generates from their K/V, "full_caching" caches all vision tokens, a question at a time;
+    the others read the prompt in a single pass. The configuration is as before afterwards.
 
     Args:
-        model: trained for `System.weights_of`; `config.masked` is set for the time of the call.
-        num_tokens: VoCo tokens per image, where the system has any.
-        kwargs: for `generate`.
+        images: for each question its images (see `VocoProcessor`).
+        num_tokens: as in `prepare`.
+        kwargs: for `generate`; greedy unless they say otherwise.
 
-    Returns:
-        The text of each answer.
+    Raises:
+        ValueError: a model that is not of the system; more or fewer lists of images than questions.
     """
-    system, processor = system_of(name), model.processor
-    before, model.config.masked = model.config.masked, system.masked
+    system = system_of(name)
+    _check(system, model, num_tokens)
+    if len(images) != len(questions):
+        raise ValueError(f"images must hold a list for each of the {len(questions)} questions, but holds {len(images)}")
+    if not len(questions):
+        return []
     options = {"do_sample": False, "max_new_tokens": 64, **kwargs}
-    try:
+    with _masked(model, system.masked):
         if name == "full_caching":
-            return [_behind_a_cache(model, *pair, options) for pair in zip(questions, images, strict=True)]
+            return [_answer_cached(model, *one, options) for one in zip(questions, images, strict=True)]
         count = num_tokens if system.voco_tokens else 0
-        prompts = [processor.prompt(question) for question in questions]
-        kv = model.compress(list(images), count) if name == "voco" else None
-        inputs = processor(list(images) if kv is None else None, prompts, num_voco_tokens=count).to(model.device)
-        written = model.generate(**inputs, voco_kv=kv, **options)
-        return _texts(processor, written[:, inputs["input_ids"].shape[1] :])
+        tokens = _tokens(model, questions, images, count)
+        if name == "voco" and "pixel_values" in tokens:
+            del tokens["pixel_values"]
+            options["voco_kv"] = model.compress(list(itertools.chain.from_iterable(images)), count)
+        return _decoded(model, tokens["input_ids"], model.generate(**tokens, **options))
+
+
+def _check(system: System, model: VocoLlavaForConditionalGeneration, num_tokens: int) -> None:
+    """ValueError where a model has not what the system needs before the LLaMA."""
+    config, has = model.config, None
+    if isinstance(config, CompressedLlavaConfig):
+        has = config.compressor
+    if has != system.compressor:
+        raise ValueError(f"model must have the compressor {system.compressor} for {system.name}, but has {has}")
+    if has is not None and config.num_compressed_tokens != num_tokens:
+        raise ValueError(
+            f"num_tokens must be that of the model's compressor ({config.num_compressed_tokens}), but was {num_tokens}"
+        )
+
+
+@contextlib.contextmanager
+def _masked(model: VocoLlavaForConditionalGeneration, masked: bool) -> Iterator[None]:
+    before, model.config.masked = model.config.masked, masked
+    try:
+        yield
     finally:
         model.config.masked = before
 
 
-def _behind_a_cache(model: VocoLlavaForConditionalGeneration, question: str, image, options: dict) -> str:
+def _tokens(model, questions: Sequence[str], images: Sequence[Sequence], num_voco_tokens: int):
     processor = model.processor
-    inputs = processor([image], processor.prompt(question), num_voco_tokens=0).to(model.device)
-    ids = inputs["input_ids"]
-    end = int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1
-    cache = model.cache_images(ids[:, :end], inputs["pixel_values"])
-    written = model.generate(input_ids=ids, **{CACHE_NAME: cache}, **options)
-    return _texts(processor, written[:, ids.shape[1] :])[0]
+    prompts = [processor.prompt(question, len(own)) for question, own in zip(questions, images, strict=True)]
+    flat = list(itertools.chain.from_iterable(images))
+    return processor(flat or None, prompts, num_voco_tokens, padding_side="left").to(model.device)
 
 
-def _texts(processor: VocoProcessor, tokens: torch.Tensor) -> list[str]:
-    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+def _answer_cached(model, question: str, images: Sequence, options: dict) -> str:
+    """One question behind the K/V of everything up to its last image."""
+    tokens = _tokens(model, [question], [images], 0)
+    ids = tokens["input_ids"]
+    if images:
+        end = int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1
+        options = {**options, CACHE_NAME: model.cache_images(ids[:, :end], tokens.pop("pixel_values"))}
+    return _decoded(model, ids, model.generate(**tokens, **options))[0]
+
+
+def _decoded(model, prompts: torch.Tensor, output: torch.Tensor) -> list[str]:
+    new = output[:, prompts.shape[1] :]
+    return [text.strip() for text in model.processor.batch_decode(new, skip_special_tokens=True)]

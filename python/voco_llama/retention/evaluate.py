@@ -32,6 +32,6 @@ def answers(folder: Path, system: str, tokens: int, samples: Sequence[Sample]) -
     given = []
     for begin in range(0, len(samples), BATCH):
         batch = samples[begin : begin + BATCH]
-        questions, images = [sample.questions[0].text for sample in batch], [sample.image for sample in batch]
+        questions, images = [sample.questions[0].text for sample in batch], [[sample.image] for sample in batch]
         given += answer(system, model, questions, images, tokens, max_new_tokens=LONGEST)
     return given

@@ -37,9 +37,9 @@ def load(config: TrainingConfig, arguments: TrainingArguments) -> tuple[VocoLlav
     check(model.config, processor, config.model)
     if config.positions is not None:
         model.config.positions = config.positions
-    model, processor = systems.prepare(config.system, model, processor, config.num_voco_tokens[0])
     if system.voco_tokens and config.stage == "sft":
         _set_counts(model.config, processor, config.num_voco_tokens)
+    model, processor = systems.prepare(config.system, model, processor, config.num_voco_tokens[0])
     freeze(model, llama=not frozen)
     return model, processor
 
