@@ -25,6 +25,7 @@ from voco_llama import (
     VocoCollator,
 )
 from voco_llama.baselines import with_compressor
+from voco_llama.baselines.guide import text_behind_images
 from voco_llama.systems import SYSTEMS, answer, prepare
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -152,6 +153,12 @@ def test_the_answer_does_not_guide():
     for name in ("input_ids", "labels"):
         told[name][-3:] = FIRST_TEXT
     assert torch.equal(one, features_of(model, VocoCollator(model.config)([told])))
+
+
+def test_of_a_long_text_the_end_guides():
+    ids = torch.tensor([[BOS, IMAGE, IMAGE, 9, IMAGE, IMAGE, *range(10, 20), BOS, IMAGE, IMAGE, 30]])
+    guide = text_behind_images(ids, IMAGE, 2, 4, cu_seqlens=torch.tensor([0, 16, 20], dtype=torch.int32))
+    assert [row[mask].tolist() for row, mask in zip(guide.ids, guide.mask)] == [[16, 17, 18, 19]] * 2 + [[30]]
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)

@@ -29,14 +29,14 @@ from models import (
 from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from voco_llama import VocoCollator, VocoProcessor
 from voco_llama.demo import CLIPS, MODEL, UNCOMPRESSED
 from voco_llama.demo.build import TEMPLATE, build_processor
 from voco_llama.demo.digits import DigitsTask
 from voco_llama.demo.train import UNCOMPRESSED_PHASE, Documents
 from voco_llama.training import DataConfig, TrainingConfig, VideoConfig
-from voco_llama.training.dataset import ConversationDataset, Epochs
+from voco_llama.training.dataset import ConversationDataset
 from voco_llama.training.images import Shards, shards_of
 
 SYSTEM = (
@@ -300,6 +300,16 @@ class Epoch(torch.nn.Module):
     def forward(self, input_ids, **batch):
         self.seen.append(tuple(counts_of({"input_ids": input_ids[0]})))
         return {"loss": self.weight.square()}
+
+
+class Epochs(TrainerCallback):
+    """Tells the data its epoch, as `VocoTrainer` does."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int(state.epoch or 0))
 
 
 @pytest.mark.filterwarnings("ignore")

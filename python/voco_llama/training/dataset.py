@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
 from voco_llama.processing import VocoProcessor, open_image
 from voco_llama.systems import system_of
@@ -22,23 +21,12 @@ from .images import Folder, Shards, media_at
 REPORT = "skipped.jsonl"
 
 
-class Epochs(TrainerCallback):
-    """Tells a dataset each new epoch; accelerate does not after a resume, nor where several processes share the data."""
-
-    def __init__(self, dataset: "ConversationDataset"):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Set the epoch that begins or goes on."""
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
 class ConversationDataset(Dataset):
     """Conversations as token ids, labels on their answers, and pixels; made by `of`.
 
     `dataset[i]` is `input_ids` and `labels` (int64 [S], -100 where nothing is learnt) and, where there are images,
     `pixel_values` (float32 [images, 3, H, W]). Each frame of a video is an image. Where several VoCo counts are configured,
-    one is drawn for every image or video, by the seed, the epoch (`Epochs`) and the index alone.
+    one is drawn for every image or video, by the seed, the epoch (`set_epoch`) and the index alone.
 
     With `data.on_error: skip`, another record stands in for a broken one: the next that can be read. Data-loader workers
     share the counts of what was skipped and cut, and the epoch.
