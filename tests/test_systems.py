@@ -40,7 +40,8 @@ def system(name, num_tokens=2, **settings):
     """A tiny model of a system. Its compressor's weights are large enough for images and text to matter."""
     torch.manual_seed(0)
     settings = {"initializer_range": SPREAD, **settings}
-    return prepare(name, voco_llava(**settings), processor(), num_tokens, qformer_config=SMALL)[0].eval()
+    small = {"qformer_config": SMALL} if name in COMPRESSORS else {}
+    return prepare(name, voco_llava(**settings), processor(), num_tokens, **small)[0].eval()
 
 
 def document(name_or_model, images, text=7, answered=3, seed=0):
@@ -133,6 +134,13 @@ def test_a_query_reads_the_whole_image():
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_several_layers_of_the_tower(name):
+    """As in LLaVA, their vision tokens stand side by side."""
+    model = system(name, vision_feature_layer=[-2, -1])
+    assert features_of(model, VocoCollator(model.config)([document(model, 1)])).isfinite().all()
+
+
 # ---- what guides an image -------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +202,8 @@ def test_an_image_without_text_and_parts_without_a_prompt():
         model.model.get_image_features(pixel_values=pixels(1))
     with pytest.raises(ValueError, match="use_cache must be True"):
         model.generate(ids, pixel_values=pixels(1), use_cache=False)
+    with pytest.raises(ValueError, match="compressor must be one that does not read the question"):
+        model.cache_images(ids, pixels(1))
 
 
 # ---- every system ---------------------------------------------------------------------------------------------------------
@@ -220,7 +230,7 @@ def test_a_system_trains_saves_reloads(name, tmp_path):
     for key, x in model.named_parameters():
         if x.requires_grad:
             assert x.grad is not None and x.grad.isfinite().all(), key
-            assert bool(x.grad.any()) or any(part in key for part in WITHOUT_SLOPE), key
+            assert bool(x.grad.any()) or ("projector" in key and any(part in key for part in WITHOUT_SLOPE)), key
     model.eval().save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -273,6 +283,21 @@ def test_upper_bound_is_stock_llava_and_lower_bound_is_voco():
         assert answer(name, upper, [QUESTIONS[1]], [IMAGES[1]], 2, **ANSWER) == [wanted], name
 
 
+def test_a_processor_serves_another_system_afterwards():
+    used = system("llama_vid").processor
+    model, used = prepare("voco", voco_llava(), used, 2)
+    assert used.num_image_tokens == VISION
+    assert answer("voco", model, QUESTIONS[:1], IMAGES[:1], 2, **ANSWER)
+    assert model.fingerprint() != system("avg_pool").fingerprint() != system("q_former").fingerprint()
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_beams_are_those_of_each_question_alone(name):
+    model, options = system(name), {**ANSWER, "num_beams": 3}
+    together = answer(name, model, QUESTIONS, IMAGES, 2, **options)
+    assert together == [answer(name, model, [q], [x], 2, **options)[0] for q, x in zip(QUESTIONS, IMAGES, strict=True)]
+
+
 def test_full_caching_reads_the_images_once():
     model, calls = system("upper_bound"), []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -284,6 +309,9 @@ def test_full_caching_reads_the_images_once():
 def test_a_compressor_shares_the_rest_and_starts_as_llava_does(name):
     base = voco_llava(initializer_range=SPREAD)
     model = with_compressor(base, name, 2, SMALL)
+    assert not model.training and with_compressor(base.train(), name, 2, SMALL).training
+    low = with_compressor(voco_llava().bfloat16(), name, 2, SMALL)
+    assert {x.dtype for x in low.parameters()} == {torch.bfloat16}
     shared = {key: x.data_ptr() for key, x in base.state_dict().items() if "projector" not in key}
     own = {key: x.data_ptr() for key, x in model.state_dict().items() if "projector" not in key}
     assert own == shared
@@ -303,6 +331,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=problem):
             prepare(name, model, model.processor, count)
+    with pytest.raises(ValueError, match="qformer_config must be None"):
+        prepare("avg_pool", model, model.processor, 2, qformer_config=SMALL)
+    with pytest.raises(ValueError, match="input_ids must hold one closed segment a row"):
+        model.compress([picture(0)], 0)
+    with pytest.raises(ValueError, match="voco, upper_bound, lower_bound, full_caching, avg_pool, q_former, llama_vid"):
+        prepare("mean", model, model.processor, 2)
     with pytest.raises(ValueError, match="compressor avg_pool for avg_pool, but has None"):
         answer("avg_pool", system("voco"), QUESTIONS, IMAGES, 2)
     with pytest.raises(ValueError, match="images must hold a list for each of the 3 questions, but holds 1"):

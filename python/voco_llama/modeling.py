@@ -495,5 +495,5 @@ def _settings(config: dict) -> dict:
     return {
         key: _settings(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in noise and not key.startswith("_attn")
+        if key not in noise and not str(key).startswith("_attn")
     }

@@ -124,18 +124,20 @@ def prepare(
         qformer_config: of the Q-Former of "q_former" and "llama_vid" (see `CompressedLlavaConfig`).
 
     Raises:
-        ValueError: a name that is none; a number below 1; a model with another compressor, or one for another number.
+        ValueError: a name that is none; a number below 1; a model with another compressor, or one for another number;
+            `qformer_config` where no compressor is made.
     """
     system = system_of(name)
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, but was {num_tokens}")
     if system.compressor is not None and not isinstance(model.config, CompressedLlavaConfig):
         model = with_compressor(model, system.compressor, num_tokens, qformer_config)
+    elif qformer_config is not None:
+        raise ValueError("qformer_config must be None where there is no Q-Former to be made, but was given")
     _check(system, model, num_tokens)
-    if system.compressor is not None:
-        processor.num_compressed_tokens = model.config.tokens_per_image
-    else:
+    if system.compressor is None:
         model.config.masked = system.masked
+    processor.num_compressed_tokens = getattr(model.config, "tokens_per_image", None)
     count = num_tokens if system.voco_tokens else 0
     for part in (model.config, processor):
         part.num_voco_tokens, part.max_voco_tokens = count, max(count, part.max_voco_tokens)

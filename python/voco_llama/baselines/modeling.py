@@ -28,8 +28,9 @@ class CompressedLlavaForConditionalGeneration(VocoLlavaForConditionalGeneration)
     def forward(self, input_ids=None, pixel_values=None, attention_mask=None, *args, labels=None, cu_seqlens=None, **kwargs):
         given = {"labels": labels, "cu_seqlens": cu_seqlens, **kwargs}
         run = functools.partial(super().forward, input_ids, pixel_values, attention_mask, *args, **given)
-        # Later steps of `generate` have no images, so that an answer does not guide.
-        if self.config.compressor != "llama_vid" or input_ids is None:
+        # Later steps of `generate` have no images, so that an answer does not guide. Training may add an image to text.
+        without_images = pixel_values is None and not self.training
+        if self.config.compressor != "llama_vid" or input_ids is None or without_images:
             return run()
         padding = attention_mask
         if isinstance(attention_mask, voco_transformers.PrefillMask):
@@ -45,6 +46,12 @@ class CompressedLlavaForConditionalGeneration(VocoLlavaForConditionalGeneration)
         )
         with guided_by(guide):
             return run()
+
+    def cache_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor):
+        """As in `VocoLlavaForConditionalGeneration`; ValueError for "llama_vid", whose images hang on the question."""
+        if self.config.compressor == "llama_vid":
+            raise ValueError('compressor must be one that does not read the question to cache images, but was "llama_vid"')
+        return super().cache_images(input_ids, pixel_values)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
         """As in `VocoLlavaForConditionalGeneration`; ValueError for "llama_vid" without a cache.

@@ -45,8 +45,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]  # "4s" is 4 and s
     )
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary holds `SPECIAL_TOKENS`, as transformers wants it; each text begins with `<s>`."""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

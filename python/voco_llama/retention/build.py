@@ -1,12 +1,12 @@
 """The parts of the models that are compared, in Hugging Face format: tokenizer, image processor, weights to begin with."""
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from voco_llama import VocoLlavaConfig, VocoLlavaForConditionalGeneration, VocoProcessor
 from voco_llama.demo import UNCOMPRESSED
-from voco_llama.demo.build import PATCH, SPECIAL_TOKENS, TEMPLATE, build_config
+from voco_llama.demo.build import PATCH, SPECIAL_TOKENS, TEMPLATE, build_config, with_special_tokens
 
 from .task import EDGE, vocabulary
 
@@ -19,20 +19,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>", "voco_token": "<voco>"},
-        padding_side="left",
-        model_max_length=1024,
-        clean_up_tokenization_spaces=False,
-    )
+    return with_special_tokens(tokenizer)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> VocoLlavaForConditionalGeneration:
