@@ -118,7 +118,7 @@ def llava(rope: str = "default", **text) -> LlavaForConditionalGeneration:
 
 def voco_config(rope: str = "default", text: dict | None = None, **options) -> VocoLlavaConfig:
     own = {"voco_token_id": VOCO, "num_voco_tokens": 2, "max_voco_tokens": 8, "image_start_id": BOS}
-    return VocoLlavaConfig(**_llava_options(rope, text or {}), **{**own, **options})
+    return VocoLlavaConfig(**{**_llava_options(rope, text or {}), **own, **options})
 
 
 def voco_llava(rope: str = "default", **options) -> VocoLlavaForConditionalGeneration:
