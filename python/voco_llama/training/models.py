@@ -37,9 +37,12 @@ def load(config: TrainingConfig, arguments: TrainingArguments) -> tuple[VocoLlav
     check(model.config, processor, config.model)
     if config.positions is not None:
         model.config.positions = config.positions
-    if system.voco_tokens and config.stage == "sft":
+    tokens = config.num_voco_tokens[0]
+    if system.voco_tokens and config.stage == "align":
+        tokens = model.config.num_voco_tokens  # of which this stage makes no use
+    elif system.voco_tokens:
         _set_counts(model.config, processor, config.num_voco_tokens)
-    model, processor = systems.prepare(config.system, model, processor, config.num_voco_tokens[0])
+    model, processor = systems.prepare(config.system, model, processor, tokens)
     freeze(model, llama=not frozen)
     return model, processor
 
