@@ -7,8 +7,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "voco/attention.h"
 #include "voco/device.h"
 #include "voco/kv_cache.h"
 
@@ -152,6 +154,36 @@ class KvMover {
   int64_t k_begin_ = 0, v_begin_ = 0, k_scale_begin_ = 0, v_scale_begin_ = 0;  // bytes
 };
 
+// One attention kernel: everything that a launch needs, as numbers.
+using RowsArgument = std::tuple<Address, int64_t, int64_t>;
+
+voco::attention::Rows rows_argument(const RowsArgument& rows) {
+  return {pointer(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
+}
+
+const int* ints(Address address) { return reinterpret_cast<const int*>(address); }
+float* writable_floats(Address address) { return reinterpret_cast<float*>(address); }
+
+void attention(const std::string& kernel, int device, Address stream, int dtype, int head_dim, int blocks,
+               const std::array<RowsArgument, 8>& rows, Address lse, Address delta, const std::array<Address, 6>& plan,
+               int num_tiles, int num_tokens, int heads, int group, float scale) {
+  voco::attention::Arguments a{};
+  voco::attention::Rows* members[] = {&a.q, &a.k, &a.v, &a.out, &a.grad_out, &a.dq, &a.dk, &a.dv};
+  for (size_t i = 0; i < rows.size(); ++i) *members[i] = rows_argument(rows[i]);
+  a.lse = writable_floats(lse);
+  a.delta = writable_floats(delta);
+  a.plan = {ints(plan[0]), ints(plan[1]), ints(plan[2]), ints(plan[3]), ints(plan[4]), ints(plan[5]), num_tiles};
+  a.num_tokens = num_tokens;
+  a.heads = heads;
+  a.group = group;
+  a.scale = scale;
+  const auto run = kernel == "forward" ? voco::attention::run_forward
+                   : kernel == "dq"    ? voco::attention::run_query_gradient
+                                       : voco::attention::run_key_gradient;
+  const DeviceGuard guard(device);
+  check(run(a, static_cast<voco::Dtype>(dtype), head_dim, blocks, pointer(stream)), "attention kernel");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -169,6 +201,13 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("DEVICE_TYPE") = "cuda";
 #endif
+  m.def("attention", &attention, py::kw_only(), py::arg("kernel"), py::arg("device"), py::arg("stream"), py::arg("dtype"),
+        py::arg("head_dim"), py::arg("blocks"), py::arg("rows"), py::arg("lse"), py::arg("delta"), py::arg("plan"),
+        py::arg("num_tiles"), py::arg("num_tokens"), py::arg("heads"), py::arg("group"), py::arg("scale"),
+        "Launch `kernel` (forward, dq or dkv): rows are (address, stride of tokens, stride of heads) of q, k, v, out, grad_out, "
+        "dq, dk, dv; plan the addresses of tiles, row_index, key_index, reader_index, late_index, after.");
+  m.def("attention_shared", &voco::attention::shared_bytes, py::arg("head_dim"),
+        "Bytes of shared memory that a block of the attention kernels takes at most.");
   // Local, so that a second build of this module, for another device, can be loaded beside it.
   py::class_<KvMover>(m, "KvMover", py::module_local(),
                       "Injection or extraction for one group of layers whose caches have the same strides.")

@@ -16,7 +16,7 @@ import pytest
 from voco_kernels.backends import cuda
 from voco_kernels.version import __version__
 
-SOURCES = [cuda_host.CSRC / name for name in ("bindings.cpp", "kv_cache.cu", "device.cu")]
+SOURCES = [cuda_host.CSRC / "bindings.cpp", *sorted(cuda_host.CSRC.glob("*.cu"))]
 
 
 @cache

@@ -143,9 +143,14 @@ inline void store8(void* to, uint2 value, VOCO_SITE) {
   host::copy_words(to, &value, 2);
 }
 
+// CUDA's own, which nvcc knows without a header.
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 // The host build never contracts a product and a sum.
 inline float mul_rn(float a, float b) { return a * b; }
+inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <class T>
 T shfl(T value, int source, VOCO_SITE) {

@@ -16,11 +16,12 @@ import torch
 
 from ..layout import VocoLayout
 
-ATTENTION = {"reference": "reference", "torch": "torch", "flash": "flash", "triton": "triton"}
+ATTENTION = {"reference": "reference", "torch": "torch", "flash": "flash", "triton": "triton", "cuda": "cuda.attention"}
 KV = {"torch": "torch_kv", "triton": "triton.kv", "cuda": "cuda.kv"}
 
 # Backends whose `attention_backward` reads the lse of the forward; the others get an empty one.
-BACKWARD_READS_LSE = {"triton"}
+BACKWARD_READS_LSE = {"triton", "cuda"}
+
 
 @dataclass(frozen=True)
 class BackendStatus:

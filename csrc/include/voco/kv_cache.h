@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace voco {
+#include "voco/dtype.h"
 
-enum class Dtype : int { kFloat16, kBFloat16, kFloat32, kInt8, kFloat8 };  // kFloat8 is e4m3 without infinities
+namespace voco {
 
 // Injection writes rows into caches, extraction reads rows out of caches.
 enum class Direction : int { kInject, kExtract };

@@ -52,6 +52,12 @@ __device__ __forceinline__ void store8(void* to, uint2 value) { *static_cast<uin
 // a * b + c rounded once, and a * b rounded before anything is added to it; nvcc would fuse a plain product and sum.
 __device__ __forceinline__ float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+// 2^x to 2 units in the last place; exact at 0 and -inf, and 0 where the result would be denormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // The value of another lane; T has four bytes.
 template <class T>

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ... import tiled
 from ...layout import VocoLayout
 from ...tiles import Geometry, TilePlan, executed_pairs, tile_plan
 from .launch import MAX_HEAD_DIM, MIN_HEAD_DIM, geometry_of, launch_of
@@ -50,10 +51,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) in one launch; differentiable by autograd. Tensors that are not laid out as the kernels need are copied."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, _plan(layout, q), scale)
-    else:
-        out, lse = _forward(q, k, v, _plan(layout, q), scale)
+    out, lse = tiled.attention(q, k, v, _plan(layout, q), scale, tiled.Kernels(_forward, _backward))
     return out, lse if return_lse else None
 
 
@@ -75,21 +73,6 @@ def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
     """(query, key) pairs that kernel `which` computes for a layout (bfloat16 on sm_90)."""
     launch, geometry = launch_of(which, 90, head_dim, torch.bfloat16), geometry_of(head_dim, torch.bfloat16)
     return executed_pairs(plan_of(layout, geometry), which, launch.step, launch.edge_step)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, plan, scale):
-        out, lse = _forward(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        return *_backward(grad_out, *ctx.saved_tensors, ctx.plan, ctx.scale), None, None
 
 
 def _forward(q, k, v, plan: TilePlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,418 @@
+// Backward: scores are computed again from q, k and the lse of the forward (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+//
+// The gradient of q goes through the keys of a row tile, as the forward does, and the gradients of k and v through the rows that
+// see a key tile. Every element is written by one thread, in a fixed order of additions: no atomics, the same bits in every run.
+#pragma once
+
+#include "voco/attention_steps.cuh"
+
+namespace voco::attention {
+
+constexpr int kBackwardStep = 32;
+
+// Two tiles of kBackwardStep rows a stage; which rows they are, and up to two numbers of each.
+template <int kHeadDim, int kCount>
+struct Stages {
+  static constexpr int kTileBytes = kBackwardStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
+  static constexpr int kSlots = kCount + 1;  // those that are copied, the one that is computed, and the one that comes next
+};
+
+// ---- the gradient of q -------------------------------------------------------------------------------------------------
+
+template <int kHeadDim>
+struct QueryGradient {
+  static constexpr int kWarps = kTileRows / 16, kThreads = 32 * kWarps, kStages = kHeadDim <= 128 ? 3 : 2;
+  static constexpr bool kInRegisters = kHeadDim <= 128;
+  using Stage = Stages<kHeadDim, kStages>;
+  static constexpr int kRowBytes = kInRegisters ? 0 : kTileRows * kHeadDim * 2;  // of the queries, and of the gradients
+  static constexpr int kSharedBytes =
+      2 * kRowBytes + kStages * Stage::kStageBytes + (Stage::kSlots * kBackwardStep + kTileRows) * sizeof(int);
+};
+
+template <class T, int kHeadDim>
+struct QueryState {
+  using Shape = QueryGradient<kHeadDim>;
+
+  Operand<kHeadDim, Shape::kInRegisters> queries, grads;
+  float sums[kHeadDim / 8][4];
+  float lse[2], delta[2];  // of rows g and g + 8; lse in base 2
+  const int* rows;
+  float scale;  // with log2(e)
+
+  __device__ void attend(uint32_t keys, uint32_t values, const int* tokens) {
+    float scores[4][4] = {}, grad_weights[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t q[4], grad[4];
+      queries.fragment(q, k);
+      grads.fragment(grad, k);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        uint32_t b[4];
+        load_b_transposed<kHeadDim>(b, keys, 16 * n, k);
+        mma_m16n8k16<T>(scores[2 * n], q, b[0], b[1]);
+        mma_m16n8k16<T>(scores[2 * n + 1], q, b[2], b[3]);
+        load_b_transposed<kHeadDim>(b, values, 16 * n, k);
+        mma_m16n8k16<T>(grad_weights[2 * n], grad, b[0], b[1]);
+        mma_m16n8k16<T>(grad_weights[2 * n + 1], grad, b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = exp2_approx(fma_rn(scores[n][i], scale, -lse[i / 2]));
+    }
+    if (tokens[kBackwardStep - 1] > rows[0]) hide(scores, tokens);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] *= grad_weights[n][i] - delta[i / 2];
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      uint32_t a[4];
+      as_operand<T>(a, scores[2 * k], scores[2 * k + 1]);
+      add_product<T, kHeadDim>(sums, a, keys, 16 * k);
+    }
+  }
+
+ private:
+  // A row does not see the keys behind it.
+  __device__ void hide(float (&weights)[4][4], const int* tokens) const {
+    const int low_row = rows[lane_id() / 4], high_row = rows[8 + lane_id() / 4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = tokens[8 * n + lane_id() % 4 * 2 + i];
+        weights[n][i] = key <= low_row ? weights[n][i] : 0;
+        weights[n][2 + i] = key <= high_row ? weights[n][2 + i] : 0;
+      }
+    }
+  }
+};
+
+template <class T, int kHeadDim>
+__device__ void query_gradient_tile(const Arguments& args, const int* columns, int head) {
+  using Shape = QueryGradient<kHeadDim>;
+  using Stage = typename Shape::Stage;
+  constexpr int kStages = Shape::kStages;
+  char* shared = shared_memory<char>();
+  const uint32_t query_tile = smem_address(shared), grad_tile = query_tile + Shape::kRowBytes;
+  const uint32_t stages = grad_tile + Shape::kRowBytes;
+  int* row_tokens = reinterpret_cast<int*>(shared + 2 * Shape::kRowBytes + kStages * Stage::kStageBytes);
+  int* tokens = row_tokens + kTileRows;
+  const TileRows rows(args.plan, columns);
+  const auto steps = keys_of<kBackwardStep>(args.plan, columns);
+  const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
+
+  const auto copy_step = [&](int step) {
+    if (step < steps.size()) {
+      const uint32_t stage = stages + step % kStages * Stage::kStageBytes;
+      const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
+      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads>(stage, args.k, key_head, of_step);
+      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads>(stage + Stage::kTileBytes, args.v, key_head, of_step);
+    }
+    cp_async_commit();
+  };
+
+  for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
+  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kBackwardStep + lane] = steps.token(step, lane);
+  sync_block();
+  if constexpr (!Shape::kInRegisters) {
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(grad_tile, args.grad_out, head, row_tokens);
+  }
+  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+
+  QueryState<T, kHeadDim> state;
+  state.rows = row_tokens + 16 * warp;
+  state.scale = args.scale * kLog2E;
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) state.sums[n][i] = 0;
+  }
+  const int* of_lane = state.rows + lane / 4;
+  if constexpr (Shape::kInRegisters) {
+    state.queries.load(row_of<T>(args.q, of_lane[0], head), row_of<T>(args.q, of_lane[8], head));
+    state.grads.load(row_of<T>(args.grad_out, of_lane[0], head), row_of<T>(args.grad_out, of_lane[8], head));
+  } else {
+    state.queries = {query_tile, 16 * warp};
+    state.grads = {grad_tile, 16 * warp};
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int place = 16 * warp + 8 * half + lane / 4, row = row_tokens[place];
+    const int64_t of_head = int64_t{head} * args.num_tokens + row;
+    state.lse[half] = args.lse[of_head] * kLog2E;
+    state.delta[half] = dot_rows<T, kHeadDim>(row_of<T>(args.out, row, head), row_of<T>(args.grad_out, row, head));
+    if (lane % 4 == 0 && place < rows.count) args.delta[of_head] = state.delta[half];
+  }
+
+  for (int step = 0; step < steps.size(); ++step) {
+    cp_async_wait<kStages - 2>();
+    sync_block();
+    // Looked up one step before it is copied.
+    int upcoming = kAbsent;
+    if (warp == 0) upcoming = steps.token(step + kStages, lane);
+    copy_step(step + kStages - 1);
+    const uint32_t keys = stages + step % kStages * Stage::kStageBytes;
+    const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
+    if (16 * warp < rows.count && of_step[0] <= state.rows[15]) state.attend(keys, keys + Stage::kTileBytes, of_step);
+    if (warp == 0) tokens[(step + kStages) % Stage::kSlots * kBackwardStep + lane] = upcoming;
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int place = 16 * warp + 8 * half + lane / 4;
+    T* row = row_of<T>(args.dq, row_tokens[place], head);
+    store_sums<T, kHeadDim>(row, state.sums, half, args.scale, place < rows.count);
+  }
+}
+
+// dq, and delta = sum(out * grad_out) for the gradient of k and v, which spares a pass over both. Grid as in forward_kernel.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(QueryGradient<kHeadDim>::kThreads)
+    query_gradient_kernel(const __grid_constant__ Arguments args) {
+  for (int pair = blockIdx.x; pair < args.plan.num_tiles * args.heads; pair += gridDim.x) {
+    const int* columns = args.plan.tiles + 8 * (pair / args.heads);
+    if (columns[1] == 0) break;
+    query_gradient_tile<T, kHeadDim>(args, columns, pair % args.heads);
+    sync_block();
+  }
+}
+
+// ---- the gradients of k and v ------------------------------------------------------------------------------------------
+
+// Scores are transposed, keys by rows: weights then are operands of the products that sum over rows as they are.
+template <int kHeadDim>
+struct KeyGradient {
+  // At 256 a warp has no registers for both gradients: half of the warps sum up dk, the others dv.
+  static constexpr bool kSplit = kHeadDim > 128, kInRegisters = !kSplit;
+  static constexpr int kKeyWarps = kTileKeys / 16, kWarps = kKeyWarps * (kSplit ? 2 : 1), kThreads = 32 * kWarps;
+  static constexpr int kStages = 2;
+  using Stage = Stages<kHeadDim, kStages>;
+  static constexpr int kKeyBytes = kInRegisters ? 0 : kTileKeys * kHeadDim * 2;  // of the keys, and of the values
+  // Of the rows: token, lse, delta. Of the keys: token, and the first token behind the segment.
+  static constexpr int kSharedBytes =
+      2 * kKeyBytes + kStages * Stage::kStageBytes + (3 * Stage::kSlots * kBackwardStep + 2 * kTileKeys) * sizeof(int);
+};
+
+// What of the rows of a step is needed beside the rows themselves.
+struct RowNumbers {
+  int* tokens;
+  float* lse;  // in base 2; infinite where there is no row, whose weights then are 0
+  float* delta;
+};
+
+template <class T, int kHeadDim>
+struct KeyState {
+  using Shape = KeyGradient<kHeadDim>;
+
+  Operand<kHeadDim, Shape::kInRegisters> keys, values;
+  float sums[Shape::kSplit ? 1 : 2][kHeadDim / 8][4];  // dk and dv, or one of them
+  bool is_dv;                                          // where they are split
+  float scale;                                         // with log2(e)
+
+  // Takes 16 rows in. A key is seen by the rows from its low to before its high, if there is a limit.
+  __device__ void collect(uint32_t queries, uint32_t grads, int row, const RowNumbers& numbers, bool masked, const int* low,
+                          const int* high) {
+    float weights[2][4] = {};
+    multiply(weights, keys, queries, row);
+    const int column = row + lane_id() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[n][i] = exp2_approx(fma_rn(weights[n][i], scale, -numbers.lse[column + 8 * n + i % 2]));
+      }
+    }
+    if (masked) hide(weights, numbers.tokens + column, low + lane_id() / 4, high ? high + lane_id() / 4 : nullptr);
+    uint32_t a[4];
+    if (!Shape::kSplit || is_dv) {
+      as_operand<T>(a, weights[0], weights[1]);
+      add_product<T, kHeadDim>(sums[Shape::kSplit ? 0 : 1], a, grads, row);
+    }
+    if (!Shape::kSplit || !is_dv) {
+      float grad_weights[2][4] = {};
+      multiply(grad_weights, values, grads, row);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights[n][i] *= grad_weights[n][i] - numbers.delta[column + 8 * n + i % 2];
+      }
+      as_operand<T>(a, weights[0], weights[1]);
+      add_product<T, kHeadDim>(sums[0], a, queries, row);
+    }
+  }
+
+ private:
+  __device__ void hide(float (&weights)[2][4], const int* rows, const int* low, const int* high) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int from = low[8 * half], to = high ? high[8 * half] : kAbsent;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = rows[8 * n + i];
+          weights[n][2 * half + i] = row >= from && row < to ? weights[n][2 * half + i] : 0;
+        }
+      }
+    }
+  }
+
+  // 16 keys or values times 16 rows of a tile.
+  __device__ void multiply(float (&c)[2][4], const Operand<kHeadDim, Shape::kInRegisters>& of_keys, uint32_t tile, int row) {
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t a[4], b[4];
+      of_keys.fragment(a, k);
+      load_b_transposed<kHeadDim>(b, tile, row, k);
+      mma_m16n8k16<T>(c[0], a, b[0], b[1]);
+      mma_m16n8k16<T>(c[1], a, b[2], b[3]);
+    }
+  }
+};
+
+template <class T, int kHeadDim>
+__device__ void key_gradient_tile(const Arguments& args, const int* columns, int key_head) {
+  using Shape = KeyGradient<kHeadDim>;
+  using Stage = typename Shape::Stage;
+  constexpr int kStages = Shape::kStages, kSlotSize = Stage::kSlots * kBackwardStep;
+  char* shared = shared_memory<char>();
+  const uint32_t key_tile = smem_address(shared), value_tile = key_tile + Shape::kKeyBytes;
+  const uint32_t stages = value_tile + Shape::kKeyBytes;
+  int* key_tokens = reinterpret_cast<int*>(shared + 2 * Shape::kKeyBytes + kStages * Stage::kStageBytes);
+  int* after = key_tokens + kTileKeys;
+  int* tokens = after + kTileKeys;
+  float* lse = reinterpret_cast<float*>(tokens + kSlotSize);
+  float* delta = lse + kSlotSize;
+  const int warp = warp_id(), lane = lane_id(), begin = columns[0], count = columns[1];
+  const Plan& plan = args.plan;
+  // Private keys have own rows only; public keys have late rows of their segments, and readers.
+  Steps<3, kBackwardStep> steps = {{{nullptr, columns[2], columns[4]},
+                                    {plan.late_index, columns[5], columns[6]},
+                                    {plan.reader_index, columns[7], columns[9]}}};
+  steps.count();
+  const int of_head = steps.size(), all = of_head * args.group;  // every query head of the group has all steps
+
+  struct Next {
+    int token;
+    float lse, delta;
+  };
+  const auto look_up = [&](int step) {
+    Next next = {kAbsent, kInfinity, 0};
+    if (step < all) {
+      next.token = steps.token(step % of_head, lane);
+      if (next.token != kAbsent) {
+        const int64_t at = int64_t{key_head * args.group + step / of_head} * args.num_tokens + next.token;
+        next.lse = args.lse[at] * kLog2E;
+        next.delta = args.delta[at];
+      }
+    }
+    return next;
+  };
+  const auto keep = [&](int step, const Next& next) {
+    const int at = step % Stage::kSlots * kBackwardStep + lane;
+    tokens[at] = next.token;
+    lse[at] = next.lse;
+    delta[at] = next.delta;
+  };
+  const auto copy_step = [&](int step) {
+    if (step < all) {
+      const int head = key_head * args.group + step / of_head;
+      const uint32_t stage = stages + step % kStages * Stage::kStageBytes;
+      const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
+      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads, 2>(stage, args.q, head, of_step);
+      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads, 2>(stage + Stage::kTileBytes, args.grad_out, head, of_step);
+    }
+    cp_async_commit();
+  };
+
+  for (int i = threadIdx.x; i < kTileKeys; i += Shape::kThreads) {
+    const int key = plan.key_index[begin + min(i, count - 1)];
+    key_tokens[i] = key;
+    after[i] = plan.after[key];
+  }
+  for (int step = warp; step < kStages; step += Shape::kWarps) keep(step, look_up(step));
+  sync_block();
+  if constexpr (!Shape::kInRegisters) {
+    copy_rows<T, kHeadDim, kTileKeys, Shape::kThreads>(key_tile, args.k, key_head, key_tokens);
+    copy_rows<T, kHeadDim, kTileKeys, Shape::kThreads>(value_tile, args.v, key_head, key_tokens);
+  }
+  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+
+  KeyState<T, kHeadDim> state;
+  const int first = warp % Shape::kKeyWarps * 16;
+  const int* lane_keys = key_tokens + first + lane / 4;
+  state.is_dv = warp >= Shape::kKeyWarps;
+  state.scale = args.scale * kLog2E;
+#pragma unroll
+  for (auto& sums : state.sums) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] = 0;
+    }
+  }
+  if constexpr (Shape::kInRegisters) {
+    state.keys.load(row_of<T>(args.k, lane_keys[0], key_head), row_of<T>(args.k, lane_keys[8], key_head));
+    state.values.load(row_of<T>(args.v, lane_keys[0], key_head), row_of<T>(args.v, lane_keys[8], key_head));
+  } else {
+    state.keys = {key_tile, first};
+    state.values = {value_tile, first};
+  }
+
+  for (int step = 0; step < all; ++step) {
+    cp_async_wait<kStages - 2>();
+    sync_block();
+    // Looked up one step before it is copied.
+    Next next = {};
+    if (warp == 0) next = look_up(step + kStages);
+    copy_step(step + kStages - 1);
+    const uint32_t queries = stages + step % kStages * Stage::kStageBytes;
+    const int slot = step % Stage::kSlots * kBackwardStep, in_head = step % of_head;
+    const RowNumbers numbers = {tokens + slot, lse + slot, delta + slot};
+    const bool is_late = in_head >= steps.first[1] && in_head < steps.first[2], is_reader = in_head >= steps.first[2];
+    const int* low = (is_reader ? after : key_tokens) + first;
+    const int* high = is_late ? after + first : nullptr;
+#pragma unroll 1
+    for (int row = 0; row < kBackwardStep; row += 16) {
+      const int first_row = numbers.tokens[row], last_row = numbers.tokens[row + 15];
+      const bool sees = last_row >= low[0] && first_row < (high ? high[15] : kAbsent);
+      const bool masked = first_row < low[15] || last_row >= (high ? high[0] : kAbsent);
+      if (first < count && sees) state.collect(queries, queries + Stage::kTileBytes, row, numbers, masked, low, high);
+    }
+    if (warp == 0) keep(step + kStages, next);
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool valid = first + 8 * half + lane / 4 < count;
+    T* dk = row_of<T>(args.dk, lane_keys[8 * half], key_head);
+    T* dv = row_of<T>(args.dv, lane_keys[8 * half], key_head);
+    if constexpr (Shape::kSplit) {
+      store_sums<T, kHeadDim>(state.is_dv ? dv : dk, state.sums[0], half, state.is_dv ? 1 : args.scale, valid);
+    } else {
+      store_sums<T, kHeadDim>(dk, state.sums[0], half, args.scale, valid);
+      store_sums<T, kHeadDim>(dv, state.sums[1], half, 1, valid);
+    }
+  }
+}
+
+// dk and dv [N, heads / group, D]. A block takes every gridDim.x-th pair of a key tile and a head of keys.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(KeyGradient<kHeadDim>::kThreads)
+    key_gradient_kernel(const __grid_constant__ Arguments args) {
+  const int heads = args.heads / args.group;
+  for (int pair = blockIdx.x; pair < args.plan.num_tiles * heads; pair += gridDim.x) {
+    const int* columns = args.plan.tiles + 10 * (pair / heads);
+    if (columns[1] == 0) break;
+    key_gradient_tile<T, kHeadDim>(args, columns, pair % heads);
+    sync_block();
+  }
+}
+
+}  // namespace voco::attention

@@ -1,0 +1,249 @@
+// Forward: softmax(q k^T) v over the two ranges of keys of a row tile, with an online softmax (FlashAttention-2, arXiv 2307.08691).
+//
+// A block of few warps has a tile of 64 rows and goes through its keys 32 at a time; copies of the next steps are under way
+// meanwhile. A warp has 32 rows at head_dim up to 128: each key that it reads from shared memory then serves two products, without
+// which the reads would take longer than the products. Warps decide for themselves, by their own rows, which steps need a mask
+// and which they have nothing to do in, so that a ragged tile costs what its rows cost.
+#pragma once
+
+#include "voco/attention_steps.cuh"
+
+namespace voco::attention {
+
+template <int kHeadDim>
+struct Forward {
+  // Tiles of 16 rows of a warp; at 256 the accumulator of one fills half of the registers.
+  static constexpr int kTiles = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kWarps = kTileRows / (16 * kTiles), kThreads = 32 * kWarps;
+  static constexpr int kKeys = 32, kStages = kHeadDim <= 96 ? 3 : 2;
+  // At 128 the accumulators leave no registers for the queries.
+  static constexpr bool kQueriesInRegisters = kHeadDim != 128;
+
+  static constexpr int kTileBytes = kKeys * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
+  static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : kTileRows * kHeadDim * 2;
+  // Tokens of the steps that are copied, of the one that is computed, and of the one that comes next.
+  static constexpr int kSlots = kStages + 1;
+  static constexpr int kTokenBytes = (kSlots * kKeys + kTileRows) * sizeof(int);
+  static constexpr int kSharedBytes = kQueryBytes + kStages * kStageBytes + kTokenBytes;
+};
+
+// A warp's rows while it goes through the keys. Maxima are of scaled scores in base 2.
+template <class T, int kHeadDim>
+struct RowState {
+  using Shape = Forward<kHeadDim>;
+  static constexpr int kTiles = Shape::kTiles, kDepth = kHeadDim / 16;
+
+  float out[kTiles][kHeadDim / 8][4];
+  float sum[kTiles][2], highest[kTiles][2];  // a lane's sum is of its own keys; rows g and g + 8
+  const int* rows;  // of the warp, in shared memory
+  Operand<kHeadDim, Shape::kQueriesInRegisters> queries[kTiles];
+  float scale;  // of scores, with log2(e)
+
+  __device__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][n][i] = 0;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] = 0;
+        highest[m][half] = -kInfinity;
+      }
+    }
+  }
+
+  // Takes 32 keys in; kUsed of the warp's tiles have rows.
+  template <int kUsed>
+  __device__ void attend(uint32_t keys, uint32_t values, const int* tokens) {
+    float scores[kUsed][4][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t a[kUsed][4], b[2][4];
+#pragma unroll
+      for (int m = 0; m < kUsed; ++m) queries[m].fragment(a[m], k);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) load_b_transposed<kHeadDim>(b[n], keys, 16 * n, k);
+#pragma unroll
+      for (int m = 0; m < kUsed; ++m) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) mma_m16n8k16<T>(scores[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+      }
+    }
+    if (tokens[Shape::kKeys - 1] > rows[0]) hide<kUsed>(scores, tokens);
+#pragma unroll
+    for (int m = 0; m < kUsed; ++m) weigh(scores[m], m);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      uint32_t a[kUsed][4];
+#pragma unroll
+      for (int m = 0; m < kUsed; ++m) as_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t b[4];
+        load_b<kHeadDim>(b, values, 16 * k, n);
+#pragma unroll
+        for (int m = 0; m < kUsed; ++m) {
+          mma_m16n8k16<T>(out[m][2 * n], a[m], b[0], b[1]);
+          mma_m16n8k16<T>(out[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+ private:
+  // A row does not see the keys behind it.
+  template <int kUsed>
+  __device__ void hide(float (&scores)[kUsed][4][4], const int* tokens) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = tokens[8 * n + lane_id() % 4 * 2 + i];
+#pragma unroll
+        for (int m = 0; m < kUsed; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (key > rows[16 * m + 8 * half + lane_id() / 4]) scores[m][n][2 * half + i] = -kInfinity;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores to weights relative to the highest score so far, to which sum and out are brought, too.
+  __device__ void weigh(float (&scores)[4][4], int m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = scores[0][2 * half];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+      top = fmaxf(top, shfl_xor(top, 1));
+      top = fmaxf(top, shfl_xor(top, 2));
+      // Scaled and rounded once, so that weights and lse are relative to the same number.
+      const float before = highest[m][half], now = fmaxf(before, mul_rn(top, scale));
+      // A row that has not seen a key yet has no maximum; -inf minus -inf would be NaN.
+      const float pivot = now == -kInfinity ? 0 : now;
+      const float shrink = exp2_approx(before - pivot);
+      highest[m][half] = now;
+      float added = 0;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          scores[n][i] = exp2_approx(fma_rn(scores[n][i], scale, -pivot));
+          added += scores[n][i];
+        }
+      }
+      sum[m][half] = fma_rn(sum[m][half], shrink, added);
+      // Most steps find no higher score.
+      if (any(shrink != 1)) {
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          out[m][n][2 * half] *= shrink;
+          out[m][n][2 * half + 1] *= shrink;
+        }
+      }
+    }
+  }
+};
+
+template <class T, int kHeadDim>
+__device__ void forward_tile(const Arguments& args, const int* columns, int head) {
+  using Shape = Forward<kHeadDim>;
+  constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  char* shared = shared_memory<char>();
+  const uint32_t query_tile = smem_address(shared), stages = query_tile + Shape::kQueryBytes;
+  int* row_tokens = reinterpret_cast<int*>(shared + Shape::kQueryBytes + kStages * Shape::kStageBytes);
+  int* tokens = row_tokens + kTileRows;
+  const TileRows rows(args.plan, columns);
+  const auto steps = keys_of<kKeys>(args.plan, columns);
+  const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
+
+  const auto copy_step = [&](int step) {
+    if (step < steps.size()) {
+      const uint32_t stage = stages + step % kStages * Shape::kStageBytes;
+      const int* of_step = tokens + step % Shape::kSlots * kKeys;
+      copy_rows<T, kHeadDim, kKeys, Shape::kThreads>(stage, args.k, key_head, of_step);
+      copy_rows<T, kHeadDim, kKeys, Shape::kThreads>(stage + Shape::kTileBytes, args.v, key_head, of_step);
+    }
+    cp_async_commit();
+  };
+
+  for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
+  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kKeys + lane] = steps.token(step, lane);
+  sync_block();
+  if constexpr (!Shape::kQueriesInRegisters) {
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
+  }
+  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+
+  RowState<T, kHeadDim> state;
+  state.clear();
+  state.scale = args.scale * kLog2E;
+  const int first = 16 * kTiles * warp, used = (rows.count - first + 15) / 16;
+  state.rows = row_tokens + first;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+    if constexpr (Shape::kQueriesInRegisters) {
+      const int* of_lane = state.rows + 16 * m + lane / 4;
+      state.queries[m].load(row_of<T>(args.q, of_lane[0], head), row_of<T>(args.q, of_lane[8], head));
+    } else {
+      state.queries[m] = {query_tile, first + 16 * m};
+    }
+  }
+
+  for (int step = 0; step < steps.size(); ++step) {
+    cp_async_wait<kStages - 2>();
+    sync_block();
+    // Looked up one step before it is copied.
+    int upcoming = kAbsent;
+    if (warp == 0) upcoming = steps.token(step + kStages, lane);
+    copy_step(step + kStages - 1);
+    const uint32_t keys = stages + step % kStages * Shape::kStageBytes, values = keys + Shape::kTileBytes;
+    const int* of_step = tokens + step % Shape::kSlots * kKeys;
+    if (used > 0 && of_step[0] <= state.rows[16 * kTiles - 1]) {
+      if (kTiles == 2 && used > 1) {
+        state.template attend<kTiles>(keys, values, of_step);
+      } else {
+        state.template attend<1>(keys, values, of_step);
+      }
+    }
+    if (warp == 0) tokens[(step + kStages) % Shape::kSlots * kKeys + lane] = upcoming;
+  }
+
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int place = first + 16 * m + 8 * half + lane / 4, row = state.rows[16 * m + 8 * half + lane / 4];
+      float sum = state.sum[m][half];
+      sum += shfl_xor(sum, 1);
+      sum += shfl_xor(sum, 2);
+      // A row that sees nothing has a sum of 0: its output is 0 and its lse log(0) = -inf.
+      const float factor = sum == 0 ? 0 : 1 / sum;
+      store_sums<T, kHeadDim>(row_of<T>(args.out, row, head), state.out[m], half, factor, place < rows.count);
+      if (lane % 4 == 0 && place < rows.count) {
+        args.lse[int64_t{head} * args.num_tokens + row] = sum == 0 ? -kInfinity : (state.highest[m][half] + log2f(sum)) * kLn2;
+      }
+    }
+  }
+}
+
+// q, out [N, heads, D]; k, v [N, heads / group, D]; lse [heads, N]. A block takes every gridDim.x-th pair of a tile and a head; all
+// heads of a tile are neighbours, since they read the same rows of memory, and with groups the same keys.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(Forward<kHeadDim>::kThreads) forward_kernel(const __grid_constant__ Arguments args) {
+  for (int pair = blockIdx.x; pair < args.plan.num_tiles * args.heads; pair += gridDim.x) {
+    const int* columns = args.plan.tiles + 8 * (pair / args.heads);
+    // Behind the last tile there is nothing.
+    if (columns[1] == 0) break;
+    forward_tile<T, kHeadDim>(args, columns, pair % args.heads);
+    // The next pair's copies must not meet those who still read this one's.
+    sync_block();
+  }
+}
+
+}  // namespace voco::attention

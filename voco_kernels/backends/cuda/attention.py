@@ -1,0 +1,153 @@
+"""Attention in CUDA, forward and backward, for 16-bit numbers: csrc/include/voco/attention.h on tensors.
+
+One kernel family for all GPUs from compute capability 8.0 on; design and limits are in DESIGN.md.
+"""
+
+from functools import cache
+
+import torch
+
+from ... import tiled
+from ...layout import VocoLayout
+from ...tiles import Geometry, TilePlan, tile_plan
+from . import load, serves
+from . import unavailable_reason as _module_unavailable_reason
+
+# As csrc/include/voco/dtype.h numbers them.
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+HEAD_DIMS = (64, 96, 128, 256)
+GEOMETRY = Geometry(rows=64, small_rows=16, keys=64)
+NOTHING = (0, 0, 0)
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run on this machine; None where they can."""
+    reason = _module_unavailable_reason()
+    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return reason
+
+
+def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str | None:
+    """Why these inputs cannot be served; None where they can. Every layout can."""
+    if q.dtype not in DTYPES:
+        return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[2]}"
+    if q.device.type != load().DEVICE_TYPE or torch.version.hip is not None:
+        return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
+    return _unserved(q.device, q.shape[2]) if q.is_cuda else None
+
+
+@cache
+def _unserved(device: torch.device, head_dim: int) -> str | None:
+    """Why the compiled code does not run on a GPU; None where it does."""
+    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
+    if not serves(archs, capability):
+        return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
+    has, needs = load().device_query()[device.index]["shared_memory_per_block_optin"], load().attention_shared(head_dim)
+    return None if needs <= has else f"head_dim {head_dim} needs {needs} bytes of shared memory, and the GPU has {has}"
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) in one launch; differentiable by autograd. Tensors whose rows are not contiguous or aligned are copied."""
+    out, lse = tiled.attention(q, k, v, _plan(layout), scale, tiled.Kernels(forward, backward))
+    return out, lse if return_lse else None
+
+
+def attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: VocoLayout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) in two launches."""
+    return backward(grad_out, q, k, v, out, lse, _plan(layout), scale)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head)."""
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = _per_row(q)
+    _launch("forward", plan, scale, {"q": q, "k": k, "v": v, "out": out}, lse)
+    return out, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: TilePlan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), contiguous, from what the forward took and returned."""
+    q, k, v, out, grad = _aligned(q), _aligned(k), _aligned(v), _aligned(out), _aligned(grad_out)
+    lse = lse.t().contiguous().t()  # itself, as the forward returns it
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = _per_row(q)
+    rows = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad, "dq": dq, "dk": dk, "dv": dv}
+    _launch("dq", plan, scale, rows, lse, delta)
+    _launch("dkv", plan, scale, rows, lse, delta)
+    return dq, dk, dv
+
+
+def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Tensor, delta: torch.Tensor | None = None):
+    q, k = rows["q"], rows["k"]
+    tokens, heads, head_dim = q.shape
+    if not tokens:
+        return
+    tiles, per_tile = (plan.key_tiles, k.shape[1]) if kernel == "dkv" else (plan.row_tiles, heads)
+    lists = (tiles, plan.row_index, plan.key_index, plan.reader_index, plan.late_index, plan.after)
+    names = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
+    device = q.device.index if q.is_cuda else -1
+    load().attention(
+        kernel=kernel,
+        device=device,
+        stream=0 if device < 0 else torch._C._cuda_getCurrentRawStream(device),
+        dtype=DTYPES[q.dtype],
+        head_dim=head_dim,
+        blocks=plan.likely(tiles) * per_tile,
+        rows=[_address(rows[name]) if name in rows else NOTHING for name in names],
+        lse=lse.data_ptr(),
+        delta=0 if delta is None else delta.data_ptr(),
+        plan=[x.data_ptr() for x in lists],
+        num_tiles=tiles.shape[0],
+        num_tokens=tokens,
+        heads=heads,
+        group=heads // k.shape[1],
+        scale=scale,
+    )
+
+
+def _plan(layout: VocoLayout) -> TilePlan:
+    return tile_plan(layout, GEOMETRY, lambda layout, geometry: layout.prepare().tiles)
+
+
+def _per_row(q: torch.Tensor) -> torch.Tensor:
+    """Room for a float32 [N, Hq] whose heads lie one behind the other, as kernels read and write it."""
+    tokens, heads = q.shape[:2]
+    return torch.empty_strided((tokens, heads), (1, tokens), dtype=torch.float32, device=q.device)
+
+
+def _address(x: torch.Tensor) -> tuple[int, int, int]:
+    """Address, and the strides of tokens and of heads in elements."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x` [N, H, D], or a copy where its rows are not contiguous or do not start at multiples of 16 bytes."""
+    strides = (x.stride(i) for i in (0, 1) if x.shape[i] > 1)
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
