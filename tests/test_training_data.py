@@ -259,7 +259,7 @@ def test_a_compressed_image_takes_the_tokens_that_its_system_makes():
     assert VOCO not in sample["input_ids"]
 
 
-def test_counts_are_drawn_per_image_from_seed_epoch_and_index():
+def test_counts_are_drawn_per_image_from_seed_epoch_and_index(tmp_path):
     records = [record([picture(1)] * 8, "<image>" * 8 + "?")] * 8
     choices = (1, 2, 4)
 
@@ -279,6 +279,9 @@ def test_counts_are_drawn_per_image_from_seed_epoch_and_index():
     # Whatever was asked for before changes nothing.
     data = data_of(records, num_voco_tokens=choices)
     assert [counts_of(data[i]) for i in (3, 0, 3)] == [first[3], first[0], first[3]]
+    # So does what stands in for a broken record.
+    broken = data_of([{}, *records[1:]], out=tmp_path, data={"on_error": "skip"}, num_voco_tokens=choices)
+    assert counts_of(broken[0]) == first[0]
 
 
 def test_frames_of_a_video_share_a_count():
@@ -408,6 +411,10 @@ WRONG = {
         {"conversations": conversation("a", "b")[:1] * 2},
         "conversations[1]['from'] must be 'gpt', but was 'human'",
     ),
+    "two answers in front": (
+        {"conversations": [{"from": "gpt", "value": "x"}] * 2 + conversation("a", "b")},
+        "conversations[0]['from'] must be 'human', but was 'gpt'",
+    ),
     "other role": (
         {"conversations": [{"from": "system", "value": "x"}]},
         "conversations[0]['from'] must be 'human', but was 'system'",
@@ -424,6 +431,10 @@ WRONG = {
     "half a character": (
         {"conversations": conversation("a", "b\ud83d")},
         "conversations[1]['value'] must be whole characters, but was 'b\\ud83d'",
+    ),
+    "the other half": (
+        {"conversations": conversation("a", "b\udfff")},
+        "conversations[1]['value'] must be whole characters, but was 'b\\udfff'",
     ),
     "no marker": (
         record("a.png", "why?"),
@@ -698,6 +709,13 @@ def test_shards_that_cannot_be_used(tmp_path):
         shards.image("2.png")
 
 
+def test_a_video_of_a_shard_is_whole_in_its_file_while_it_is_read(tmp_path):
+    shards = Shards(write_tar(tmp_path / "0.tar", {"a/short.mp4": b"short"}))
+    with shards.video("a/short.mp4") as path:
+        assert path.read_bytes() == b"short" and path.suffix == ".mp4"
+    assert not path.exists()
+
+
 def test_links_in_shards_are_not_followed(tmp_path):
     (tmp_path / "secret.png").write_bytes(png(0))
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
@@ -705,7 +723,11 @@ def test_links_in_shards_are_not_followed(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, str(tmp_path / "secret.png")
             archive.addfile(member)
-    for name in ("soft.png", "hard.png"):
+        # Nor are holes filled: what lies in the archive is not the file.
+        member = tarfile.TarInfo("holes.png")
+        member.size, member.pax_headers = len(png(0)), {"GNU.sparse.map": "0,9", "GNU.sparse.size": "999"}
+        archive.addfile(member, io.BytesIO(png(0)))
+    for name in ("soft.png", "hard.png", "holes.png"):
         with pytest.raises(ValueError, match="is in none of them"):
             Shards(tmp_path / "0.tar").image(name)
 
@@ -721,10 +743,12 @@ def test_webdataset_samples(tmp_path):
     """`key.jpg` and `key.json` side by side; whatever the JSON says about its image, the one of the same key is its own."""
     about = record("lost/name.jpg", answer="a", video="lost/name.mp4")
     write_tar(tmp_path / "0.tar", {"s/1.json": as_json(about), "s/1.png": png(1), "s/1.txt": b"ignored"})
+    # The key of a name ends at its first dot.
+    write_tar(tmp_path / "2.tar", {"s/1.meta.json": b"ignored", "s/1.mask.png": b"ignored"})
     second = {"s/2.PNG": png(2), "s/2.json": as_json(record(None, answer="b")), "3.json": as_json(text(3)), "4.png": png(4)}
     # The same file name in another folder, and an image that the JSON names itself.
     write_tar(tmp_path / "1.tar", second | {"t/1.json": as_json(record("4.png", answer="c"))})
-    data = files_of(tmp_path, "{0..1}.tar")
+    data = files_of(tmp_path, "{0..2}.tar")
     expected = [record(picture(i), answer=x) for i, x in ((1, "a"), (2, "b"))]
     expected += [text(3), record(picture(4), answer="c")]
     for sample, other in zip(data, data_of(expected), strict=True):
@@ -737,6 +761,14 @@ def test_shards_beside_other_files(places):
     data = files_of(places, "w.tar", "a.json", images="images")
     assert_same(data[0], data_of([record(picture(9), answer="w")])[0])
     assert_same(data[1], data_of([record(picture(0), answer="0")])[0])
+
+
+def test_shards_of_conversations_have_their_own_images(tmp_path):
+    for i, name in enumerate("ab"):
+        write_tar(tmp_path / f"{name}.tar", {"1.json": as_json(record(None, answer=name)), "1.png": png(i)})
+    data = files_of(tmp_path, "a.tar", "b.tar")
+    for sample, other in zip(data, data_of([record(picture(i), answer="ab"[i]) for i in range(2)]), strict=True):
+        assert_same(sample, other)
 
 
 def test_webdataset_samples_that_are_broken(tmp_path):
@@ -849,6 +881,20 @@ def test_another_record_stands_in_for_a_broken_one(damaged):
     assert answers_of([files_of(damaged, "a.json", images="images", on_error="skip")[1]]) == ["3"]
 
 
+def test_a_run_that_goes_on_notes_nothing_twice(damaged):
+    (damaged / "b.jsonl").write_bytes(b"{]\n" + lines_of(json.loads((damaged / "a.json").read_text())))
+    found = []
+    for _ in range(2):
+        data = files_of(damaged, "b.jsonl", images="images", on_error="skip")
+        assert data.skipped == 1 and len(list(data)) == 8 and data.skipped == 5
+        found.append([line["record"] for line in report_of(data)])
+    assert found[0] == found[1] == ["line 1", "line 3", "line 4", "line 7", "line 9"]
+    # What was not there then is added.
+    (damaged / "images" / NAMES[0]).unlink()
+    list(files_of(damaged, "b.jsonl", images="images", on_error="skip"))
+    assert [line["record"] for line in report_of(data)] == [*found[0], "line 2"]
+
+
 def test_a_broken_record_stops_the_run(damaged):
     data = files_of(damaged, "a.json", images="images")
     assert len(data) == 8 and data[0] is not None
@@ -911,6 +957,32 @@ def test_long_samples_that_keep_no_answer(tmp_path):
     assert "pixel_values" not in skipping[0] and skipping.skipped == 1
 
 
+def test_the_context_of_the_model_cuts_where_it_is_shorter():
+    (one,) = records = [record(picture(1), answer="a long answer")]
+    whole = data_of(records)[0]["input_ids"]
+    config = TrainingConfig("model", Path("unused"), DataConfig((), max_length=len(whole) - 2))
+    for context, length in ((len(whole) - 3, len(whole) - 3), (len(whole) - 1, len(whole) - 2), (None, len(whole) - 2)):
+        data = ConversationDataset.of(config, OURS, [one], 0, context)
+        assert data[0]["input_ids"].equal(whole[:length]) and data.truncated == 1
+    with pytest.raises(ValueError, match=r"images must fit the model's context \(5 tokens\), but need"):
+        ConversationDataset.of(config, OURS, [one], 0, 5)[0]
+
+
+def test_processes_tell_each_other_what_they_skipped_and_cut(tmp_path):
+    records = [text(0), {"conversations": []}, text(2), text(3)]
+    long = len(data_of(records)[0]["input_ids"]) - 1
+    first, second = (data_of(records, out=tmp_path, data={"max_length": long, "on_error": "skip"}) for _ in range(2))
+    first[1], second[2], second[1]
+    assert (first.skipped, first.truncated, second.skipped, second.truncated) == (1, 1, 1, 1)
+    others = iter((second._skipped, second._truncated))
+    first.gather(lambda counts: counts + next(others))
+    # The next record stood in for the broken one, so both cut the same.
+    assert first.summary() == {"records": 4, "skipped": 1, "truncated": 1}
+    first[3]
+    first.gather(lambda counts: counts)
+    assert first.truncated == 2
+
+
 # ---- processors that cannot be trained with ----------------------------------------------------------------------------
 
 
@@ -922,30 +994,61 @@ def refused(proc: VocoProcessor, message: str) -> None:
 def test_a_template_whose_answers_do_not_end():
     endless = processor(chat_template=OURS.chat_template.replace("</s>", ""))
     refused(endless, r"must end each answer with '</s>', but renders")
+    later = processor(chat_template=OURS.chat_template.replace("</s>", "{% if loop.index > 2 %}</s>{% endif %}"))
+    refused(later, r"must end each answer with '</s>', but renders")
 
 
 def test_a_template_that_renders_a_beginning_differently():
     last = "{% for m in messages %}{% if loop.last %}!{% endif %}{{ m['content'][-1]['text'] }}</s>{% endfor %}"
-    refused(processor(chat_template=last), "chat_template must render a conversation as its beginning and then the rest")
+    # A prompt that is not how the answer begins, and an end that goes away when the conversation goes on.
+    ours, ends = OURS.chat_template, "{% if message['role'] == 'assistant' %}</s>{% endif %}"
+    asked = ours.replace("%} ASSISTANT:{%", "%} ASSISTANT-{%")
+    over = ours.replace(ends, ends + "{% if loop.last and message['role'] == 'assistant' %}!{% endif %}")
+    assert ours not in (asked, over)
+    for template in (last, asked, over):
+        message = "chat_template must render a conversation as its beginning and then the rest"
+        refused(processor(chat_template=template), message)
 
 
 def test_a_template_with_images_behind_answers():
     behind = processor(chat_template=OURS.chat_template + "{% if messages[3] %}<image>{% endif %}")
     refused(behind, "with one marker per image before the first answer")
+    without = processor(chat_template=OURS.chat_template.replace("<image>", ""))
+    refused(without, "with one marker per image before the first answer")
 
 
-def test_a_tokenizer_that_joins_question_and_answer():
-    rules = json.loads(tokenizer().backend_tokenizer.to_str())
-    rules["model"]["vocab"][":▁"] = len(tokenizer())
-    rules["model"]["merges"] = [[":", "▁"]]
-    joining = PreTrainedTokenizerFast(
+def rules_of_tokenizer() -> dict:
+    return json.loads(tokenizer().backend_tokenizer.to_str())
+
+
+def with_rules(rules: dict, **options) -> VocoProcessor:
+    changed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
         eos_token="</s>",
         extra_special_tokens={"image_token": "<image>", "voco_token": "<voco>"},
     )
     own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    message = r"tokenizer must end a token where an answer begins and where it ends, but joins 'SSISTANT: two</s>U'"
-    refused(VocoProcessor(image_processor(), joining, **own), message)
+    return VocoProcessor(image_processor(), changed, **own, **options)
+
+
+JOINED = r"tokenizer must end a token where an answer begins and where it ends, but joins "
+
+
+def test_a_tokenizer_that_joins_question_and_answer():
+    rules = rules_of_tokenizer()
+    rules["model"]["vocab"][":▁"] = len(tokenizer())
+    rules["model"]["merges"] = [[":", "▁"]]
+    refused(with_rules(rules), JOINED + "'SSISTANT: two</s>U'")
+
+
+def test_a_tokenizer_that_joins_an_answer_and_the_next_question():
+    """An end token that takes the space behind it, which here belongs to the question."""
+    rules = rules_of_tokenizer()
+    (end,) = [token for token in rules["added_tokens"] if token["content"] == "</s>"]
+    end["rstrip"] = True
+    spaced = OURS.chat_template.replace("'USER: '", "' USER: '")
+    assert spaced != OURS.chat_template
+    refused(with_rules(rules, chat_template=spaced), JOINED + "': two</s> USER: th'")
 
 
 def test_a_slow_tokenizer(monkeypatch):
@@ -1042,6 +1145,15 @@ def test_samples_make_a_batch_and_stay_as_they_are():
     assert int((batch["labels"] >= 0).sum()) == learnt
     only = VocoCollator(voco_config(text={"max_position_embeddings": 2048}))(samples[1:2])
     assert samples[1]["labels"][0] == 7 and only["labels"][0, 0] == -100
+
+
+def test_each_sample_of_a_batch_may_fill_the_context():
+    samples = list(data_of([text(0), text(1)]))
+    length = len(samples[0]["input_ids"])
+    fitting = VocoCollator(voco_config(text={"max_position_embeddings": length}))(samples)
+    assert fitting["position_ids"].max() == length - 1 and fitting["input_ids"].shape == (1, 2 * length)
+    with pytest.raises(ValueError, match=f"the context of {length - 1} positions, but reach position {length - 1}"):
+        VocoCollator(voco_config(text={"max_position_embeddings": length - 1}))(samples)
 
 
 def test_batches_of_samples_that_do_not_fit():

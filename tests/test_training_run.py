@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -23,18 +24,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from typer.testing import CliRunner
 from voco_llama import VocoLlavaForConditionalGeneration, VocoProcessor, cli
 from voco_llama.training import (
+    DataConfig,
     LoraConfig,
     ObjectiveConfig,
     TrainingConfig,
+    VideoConfig,
     checkpoints,
     curves,
     outputs,
+    run,
     train,
 )
 from voco_llama.training import models as training_models
 from voco_llama.training.dataset import ConversationDataset
 from voco_llama.training.run import arguments_of
-from voco_llama.training.trainer import VocoTrainer
+from voco_llama.training.trainer import VocoTrainer, _Bookkeeping
 
 RECORDS = 10
 # 10 samples by 2, 2 batches a step: 3 steps an epoch, the last of one batch. Checkpoints are at 2, 4 and 8 (within an epoch)
@@ -189,6 +193,100 @@ def test_rates_count_tokens_images_and_labels(base, tmp_path):
     assert first["labelled_share"] == pytest.approx(answer / tokens, abs=1e-4)
 
 
+def test_rates_leave_out_what_saving_takes(base, tmp_path, monkeypatch):
+    clock, tokens = [0.0], []
+    step, save = VocoTrainer.training_step, Trainer._save_checkpoint
+
+    def training_step(self, model, inputs, *args):
+        clock[0] += 1
+        tokens.append(inputs["labels"].numel())
+        return step(self, model, inputs, *args)
+
+    def save_checkpoint(self, *args):
+        clock[0] += 100
+        save(self, *args)
+
+    # Drawing, which another callback does, is part of saving.
+    monkeypatch.setattr(curves, "draw", lambda *_: clock.append(clock.pop() + 10))
+    monkeypatch.setattr("voco_llama.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(VocoTrainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save_checkpoint)
+    often = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1}
+    config = configured(base, tmp_path / "out", often)
+    train(config, records())
+    log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    assert [entry["tokens_per_second"] for entry in log[:2]] == tokens
+
+
+@pytest.mark.parametrize(("state", "epoch"), [(None, 0), (0.67, 0), (2.0, 2)])
+def test_data_and_order_are_told_the_epoch(state, epoch):
+    """Both, since accelerate tells an order its epoch in some cases only."""
+    data, order = [], []
+    told, also = SimpleNamespace(set_epoch=data.append), SimpleNamespace(set_epoch=order.append)
+    trainer = SimpleNamespace(train_dataset=told, _order=also)
+    _Bookkeeping(trainer).on_epoch_begin(None, SimpleNamespace(epoch=state), None)
+    assert data == order == [epoch]
+
+
+def test_records_are_taken_in_the_order_of_the_data_seed(base, tmp_path):
+    class Asked(list):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    asked = []
+    all_at_once = {"max_steps": 1, "per_device_train_batch_size": 5, "seed": 3, "data_seed": 7}
+    train(configured(base, tmp_path / "out", all_at_once), Asked(records()))
+    assert asked == torch.randperm(RECORDS, generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def test_a_run_says_what_it_skipped_and_cut(base, tmp_path):
+    """Beyond the context of the model, too, which would stop the run otherwise."""
+    long = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a" * 600}]}
+    config = configured(base, tmp_path / "out", {"num_train_epochs": 1}, data=DataConfig((), on_error="skip"))
+    train(config, [*records(4), long, {"conversations": []}, long])
+    facts = json.loads((config.out / "run.json").read_text())
+    assert facts["data"] == {"records": 7, "skipped": 1, "truncated": 2} and facts["records"] == 7
+
+
+def test_a_sample_may_exceed_the_context_where_images_share_positions(base, tmp_path):
+    """Under compact positions, tokens are no measure of the context."""
+    proc, images = models.processor(), models.pictures(2)
+    tokens = proc(None, proc.conversation(("?", ""), 2), 2)["input_ids"].shape[1]
+    # The second image's vision tokens have the positions of the first one's.
+    turns = [("human", "<image><image>?"), ("gpt", "a" * (512 + models.VISION - tokens))]
+    long = {"image": images, "conversations": [{"from": role, "value": value} for role, value in turns]}
+    for positions, cut in (("compact", 0), ("continuous", 1)):
+        config = configured(base, tmp_path / positions, {"max_steps": 1}, positions=positions, num_voco_tokens=(2,))
+        train(config, [long])
+        assert json.loads((config.out / "run.json").read_text())["data"]["truncated"] == cut
+
+
+def test_parameters_that_zero3_has_split_are_counted_whole(monkeypatch):
+    class Data(list):
+        def summary(self):
+            return {}
+
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    for parameter in model.parameters():
+        # As DeepSpeed leaves them between their uses.
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    monkeypatch.setattr("transformers.trainer_pt_utils.is_deepspeed_zero3_enabled", lambda: True)
+    sizes = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 1}
+    arguments = SimpleNamespace(**sizes, device=torch.device("cpu"))
+    facts = run._facts(SimpleNamespace(model=model, args=arguments), Data())
+    assert facts["parameters"] == {"trained": 6, "frozen": 3}
+
+
+def test_a_run_that_fails_gives_the_terminal_its_cursor_back(base, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    stopped_at(monkeypatch, configured(base, tmp_path / "out"), 0)
+    written = capfd.readouterr().err
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # hidden, and shown
+
+
 def test_smoothing_takes_as_much_from_either_side():
     losses = np.random.default_rng(0).random(200)
     found = curves.smoothed(list(losses))
@@ -213,6 +311,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(whole, base, tmp_path, monkeypat
     if damage:
         file = config.out.joinpath(*damage)
         file.write_bytes(file.read_bytes()[:-7])
+    (config.out / checkpoints.UNFINISHED / "checkpoint-5").mkdir(parents=True)  # what it was writing
     begun, epochs = [], []
     monkeypatch.setattr(VocoTrainer, "_load_from_checkpoint", noted(begun, VocoTrainer._load_from_checkpoint))
     monkeypatch.setattr(ConversationDataset, "set_epoch", noted(epochs, ConversationDataset.set_epoch))
@@ -225,6 +324,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(whole, base, tmp_path, monkeypat
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert curves.losses_of(log) == whole[1].losses
     assert ("optimizer.pt has" in caplog.text) == bool(damage)
+    assert not (config.out / checkpoints.UNFINISHED).exists()
+
+
+def test_batches_may_be_others_when_a_run_goes_on(whole, base, tmp_path, monkeypatch):
+    config = configured(base, tmp_path / "out")
+    stopped_at(monkeypatch, config, 5)
+    smaller = changed(config, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    for (step, loss), (at, expected) in zip(train(smaller, records()).losses, whole[1].losses, strict=True):
+        assert step == at and loss == pytest.approx(expected, rel=1e-4)
 
 
 def noted(seen: list, original):
@@ -281,6 +389,51 @@ def test_what_changes_nothing_that_is_learnt_may_change(whole):
         outputs.check(config.out, changed(config, dataloader_drop_last=True))
 
 
+FREE = {
+    "logging_steps": 5, "log_level": "info", "save_steps": 3, "save_total_limit": 7, "report_to": "none", "run_name": "x",
+    "dataloader_num_workers": 3, "dataloader_pin_memory": True, "dataloader_prefetch_factor": 4, "disable_tqdm": True,
+    "dataloader_persistent_workers": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "use_cpu": True,
+    "torch_empty_cache_steps": 5, "fsdp": "full_shard", "fsdp_config": {"version": 2}, "deepspeed": "zero3",
+    "ddp_timeout": 100,
+}  # fmt: skip
+FIXED = {
+    "learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_steps": 5, "weight_decay": 0.5, "max_grad_norm": 3.0,
+    "seed": 5, "data_seed": 5, "max_steps": 5, "num_train_epochs": 5, "optim": "sgd", "bf16": True, "adam_beta1": 0.5,
+    "dataloader_drop_last": True, "average_tokens_across_devices": False, "ignore_data_skip": True,
+}  # fmt: skip
+
+
+def test_which_settings_may_change(tmp_path):
+    data = DataConfig((tmp_path / "a.json",), "images")
+    config = TrainingConfig("model", tmp_path, data)
+    outputs.write(tmp_path, config, {})
+    for name, value in FREE.items():
+        outputs.check(tmp_path, changed(config, **{name: value}))
+    for change in ({"conversations": (tmp_path / "b.json",)}, {"images": "elsewhere"}):
+        outputs.check(tmp_path, dataclasses.replace(config, data=dataclasses.replace(data, **change)))
+    for name, value in FIXED.items():
+        with pytest.raises(ValueError, match=rf"differs in trainer.{name} \(was None"):
+            outputs.check(tmp_path, changed(config, **{name: value}))
+    for change in ({"max_length": 5}, {"on_error": "skip"}, {"video": VideoConfig(num_frames=2)}):
+        with pytest.raises(ValueError, match=rf"differs in data.{next(iter(change))}"):
+            outputs.check(tmp_path, dataclasses.replace(config, data=dataclasses.replace(data, **change)))
+    changes = {"model": "other", "stage": "align", "system": "avg_pool", "num_voco_tokens": (3,), "lora": LoraConfig()}
+    for name, value in (changes | {"objective": ObjectiveConfig("distill"), "positions": "compact"}).items():
+        with pytest.raises(ValueError, match=f"differs in {name}"):
+            outputs.check(tmp_path, dataclasses.replace(config, **{name: value}))
+
+
+def test_nothing_of_a_run_is_left_when_it_is_cleared(tmp_path):
+    for name in ("config.yaml", "run.json", "log.jsonl", "loss.png", "skipped.jsonl", "notes.txt", "log.txt"):
+        (tmp_path / name).touch()
+    mine = ("models", "checkpoint-best", "checkpoint-3-mine")
+    for name in ("model", "runs", ".unfinished", "checkpoint-3", *mine):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    outputs.clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "log.txt", *mine}
+
+
 def test_a_fresh_run_deletes_the_one_before_and_nothing_else(base, tmp_path):
     config = configured(base, tmp_path / "out", {"max_steps": 2})
     train(config, records())
@@ -299,6 +452,20 @@ def test_checkpoints_of_something_else_are_left_alone(base, tmp_path):
         with pytest.raises(ValueError, match="out must be a folder of its own"):
             train(configured(base, tmp_path), records(), resume=resume)
     assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_a_model_of_something_else_is_left_alone(base, tmp_path):
+    for name in ("model", "runs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text(name)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="out must be a folder of its own, but .* holds model and no config.yaml"):
+            train(configured(base, tmp_path), records(), resume=resume)
+    assert (tmp_path / "model" / "mine").read_text() == "model"
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "log.jsonl").write_text("mine")
+    outputs.clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "log.jsonl"}
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------
@@ -358,12 +525,25 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
             (folder / "file").write_text(content)
             assert not target.exists() or (target / "file").read_text() == "old"
     assert (target / "file").read_text() == "new"
+    # What was being written when the process was killed is no part of it.
+    (tmp_path / checkpoints.UNFINISHED / "model" / "half").mkdir(parents=True)
+    with checkpoints.written_whole(target) as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["file"]
     for error, raised in ((OSError(errno.ENOSPC, "full"), OSError), (Killed(), Killed)):
         with pytest.raises(raised), checkpoints.written_whole(target) as folder:
             (folder / "file").write_text("half")
             raise error
         assert (target / "file").read_text() == "new" and not folder.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name != checkpoints.UNFINISHED] == ["model"]
+
+
+def test_folders_are_written_side_by_side(tmp_path):
+    with checkpoints.written_whole(tmp_path / "one") as one:
+        with checkpoints.written_whole(tmp_path / "other") as other:
+            (other / "file").write_text("other")
+        (one / "file").write_text("one")
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {"one": "one", "other": "other"}
 
 
 def sealed(out: Path, step: int) -> Path:
@@ -475,18 +655,27 @@ def test_a_llama_that_stays_frozen_is_held_in_bfloat16(base, tmp_path):
 
 def test_distillation_from_a_frozen_teacher_is_logged_in_its_parts(base, tmp_path):
     objective = ObjectiveConfig(kind="mixed", teacher=str(base), weight=0.25)
-    two = {"max_steps": 2, "logging_steps": 2}  # the log is a mean of steps, a step a sum of batches
-    config = configured(base, tmp_path / "out", two, objective=objective, num_voco_tokens=(2,))
+    four = {"max_steps": 4, "logging_steps": 2}  # the log is a mean of steps, a step a sum of batches
+    config = configured(base, tmp_path / "out", four, objective=objective, num_voco_tokens=(2,))
     result = train(config, records())
-    entry = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
-    assert entry["step"] == 2 and entry["kl"] > 0.1
-    assert entry["loss"] == pytest.approx(0.75 * entry["sft"] + 0.25 * entry["kl"], rel=1e-5)
+    for step, line in zip((2, 4), (config.out / "log.jsonl").read_text().splitlines()):
+        entry = json.loads(line)
+        assert entry["step"] == step and entry["kl"] > 0.1
+        assert entry["loss"] == pytest.approx(0.75 * entry["sft"] + 0.25 * entry["kl"], rel=1e-5)
     assert not [name for name in weights(result.model) if "teacher" in name]
 
 
 def test_the_upper_bound_is_trained_without_the_mask(base, tmp_path):
     result = train(configured(base, tmp_path / "out", {"max_steps": 1}, system="upper_bound"), records())
     assert not AutoModelForImageTextToText.from_pretrained(result.model).config.masked
+
+
+@pytest.mark.parametrize("name", ["split_batches", "dispatch_batches"])
+def test_packed_batches_are_not_cut(base, tmp_path, name):
+    config = configured(base, tmp_path / "out", {"accelerator_config": {name: True}})
+    with pytest.raises(ValueError, match=f"trainer.accelerator_config.{name} must be false for batches that are packed"):
+        train(config, records())
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 def test_liger_needs_a_gpu(base, tmp_path):
@@ -541,6 +730,15 @@ def test_lora_goes_on(lora, base, tmp_path, monkeypatch):
     result = train(config, records())
     assert result.losses == lora[1].losses
     assert_same(weights(result.model), weights(lora[1].model))
+
+
+def test_what_lora_begins_with_is_drawn_from_the_seed(base, tmp_path):
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        config = configured(base, tmp_path / str(state), {"max_steps": 1}, lora=LORA)
+        found.append(weights(train(config, records()).model))
+    assert_same(*found)
 
 
 def test_lora_without_peft_says_what_to_install(base, tmp_path, monkeypatch):

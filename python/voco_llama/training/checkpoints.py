@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ def written_whole(target: Path, *, is_main: bool = True, barrier=lambda: None) -
         barrier()
         if is_main:
             _replace(target, beside)
-            beside.parent.rmdir()
+            # Something else may be on its way there.
+            with suppress(OSError):
+                beside.parent.rmdir()
     # The libraries that write report a full disk each in its own way.
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -49,6 +50,11 @@ class VideoConfig:
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
             raise ValueError(f"data.video must have fps or num_frames, but had both ({self.fps} and {self.num_frames})")
+        if (self.fps is not None and not 0 < self.fps < math.inf) or (self.num_frames is not None and self.num_frames < 1):
+            raise ValueError(
+                "data.video.fps must be above 0 and data.video.num_frames at least 1, but were "
+                f"{self.fps} and {self.num_frames}"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class DataConfig:
         conversations: JSON or JSON-lines files in LLaVA's format (`image` or `video`, `conversations`).
         images: the folder of images and videos, or webdataset shards (`shards/{000..127}.tar`).
         on_error: what a broken record does: "stop" the run, or "skip" it, counted in a report file.
-        max_length: tokens of a sample at most; longer ones lose text at the end.
+        max_length: tokens of a sample at most; longer ones lose text at the end. They do so at the end of the model's
+            context, too, where each token takes a position of it ("continuous").
         video: which frames of videos are taken.
     """
 
@@ -68,6 +75,10 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = "stop"
     max_length: int = 2048
     video: VideoConfig = field(default_factory=VideoConfig)
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise ValueError(f"data.max_length must be at least 1, but was {self.max_length}")
 
 
 @dataclass(frozen=True)

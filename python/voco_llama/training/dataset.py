@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -34,7 +34,12 @@ class ConversationDataset(Dataset):
 
     @classmethod
     def of(
-        cls, config: TrainingConfig, processor: VocoProcessor, records: Sequence[dict] | None, seed: int
+        cls,
+        config: TrainingConfig,
+        processor: VocoProcessor,
+        records: Sequence[dict] | None,
+        seed: int,
+        context: int | None = None,
     ) -> "ConversationDataset":
         """The data of a training run.
 
@@ -42,13 +47,15 @@ class ConversationDataset(Dataset):
             records: in place of the files of `config.data.conversations`; records are made and checked when they are asked
                 for, those of files at once. An `image` may be a path, a PIL image or a uint8 array, a `video` a path or a
                 sequence of frames; either may be a list.
+            context: tokens that the model takes, beyond which samples are cut as beyond `config.data.max_length`; None
+                where they are not what its context counts.
 
         Raises:
             ValueError: no records; a broken one (file, record and reason), unless `data.on_error` is "skip"; a processor
                 that cannot be trained with.
         """
         check_processor(processor)
-        dataset = cls(config, processor, seed)
+        dataset = cls(config, processor, seed, context)
         if records is not None:
             dataset._take(records)
         elif config.data is None:
@@ -57,10 +64,15 @@ class ConversationDataset(Dataset):
             dataset._read(config.data)
         return dataset
 
-    def __init__(self, config: TrainingConfig, processor: VocoProcessor, seed: int):
+    def __init__(self, config: TrainingConfig, processor: VocoProcessor, seed: int, context: int | None):
         self.processor, self.seed = processor, seed
         self.data = config.data or DataConfig(conversations=())
+        self.limit, self.limited_by = self.data.max_length, "data.max_length"
+        if context is not None and context < self.limit:
+            self.limit, self.limited_by = context, "the model's context"
         self.report = config.out / REPORT
+        # What the run had noted before it went on, or the process before this one has.
+        self._noted = set(self.report.read_bytes().splitlines(True)) if self.report.is_file() else set()
         compressed = config.stage != "align" and system_of(config.system).voco_tokens
         self.choices = config.num_voco_tokens if compressed else (0,)
         self._media: list[Folder | Shards] = [media_at(self.data.images)]
@@ -136,6 +148,11 @@ class ConversationDataset(Dataset):
         """Records that were skipped so far, at the start or later, in this process and its data-loader workers."""
         return self._counts["skipped at start"] + int(self._skipped.sum())
 
+    def gather(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Know what other processes skipped and cut, too; `summed` sums int32 [records] over all of them."""
+        for found in (self._skipped, self._truncated):
+            found.copy_(summed(found.to(torch.int32)) > 0)
+
     def summary(self) -> dict[str, int]:
         """Counts of records: all that are there, and what was skipped and cut so far; of files also what they are about."""
         counts = {name: self._counts[name] for name in ("with images", "with videos", "text only", "skipped at start")}
@@ -167,22 +184,22 @@ class ConversationDataset(Dataset):
         drawn = rng.choice(self.choices, size=len(frames)).tolist()
         counts = [count for count, images in zip(drawn, frames) for _ in range(images)]
         ids, labels = encode(self.processor, conversation.turns, frames, counts)
-        if len(ids) > self.data.max_length:
+        if len(ids) > self.limit:
             ids, labels = self._cut(ids, labels)
             self._truncated[i] = True
         return {"input_ids": ids, "labels": labels, **({"pixel_values": torch.cat(pixels)} if pixels else {})}
 
     def _cut(self, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The beginning of a sample; ValueError where images would be cut, or no answer is left."""
-        limit = self.data.max_length
+        limit, name = self.limit, f"{self.limited_by} ({self.limit} tokens)"
         placeholders = [self.processor.image_token_id, self.processor.voco_token_id]
         of_images = torch.isin(ids, torch.tensor(placeholders)).nonzero()
         needed = int(of_images.max()) + 1 if len(of_images) else 0
         if needed > limit:
-            raise ValueError(f"images must fit data.max_length ({limit} tokens), but need {needed}")
+            raise ValueError(f"images must fit {name}, but need {needed}")
         if bool((labels[:limit] == IGNORED).all()):
             first = int((labels != IGNORED).nonzero().min())
-            raise ValueError(f"an answer must begin within data.max_length ({limit} tokens), but the first is at {first}")
+            raise ValueError(f"an answer must begin within {name}, but the first is at {first}")
         return ids[:limit].clone(), labels[:limit].clone()
 
     def _image(self, source, media: Folder | Shards) -> torch.Tensor:
@@ -211,14 +228,17 @@ class ConversationDataset(Dataset):
         self._counts["skipped at start"] += 1
 
     def _note(self, place: Place, reason: str, error: Exception | None = None) -> None:
-        """Stop the run, or write a broken record into the report."""
+        """Stop the run, or write a broken record into the report, unless it was there at the beginning."""
         if self.data.on_error == "stop":
             raise ValueError(f"{place}: {reason}") from error
         self.report.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"record": place.record, "file": place.file, "reason": reason}, ensure_ascii=False) + "\n"
+        line = line.encode("utf-8", "backslashreplace")
+        if line in self._noted:
+            return
         # Whole lines, whichever of the processes write at once.
         file = os.open(self.report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, line.encode("utf-8", "backslashreplace"))
+            os.write(file, line)
         finally:
             os.close(file)

@@ -17,8 +17,12 @@ from voco_llama.collator import IGNORED
 def check(trainer: Trainer) -> None:
     """RuntimeError where a run is not distributed as it was asked to be, which accelerate does not say.
 
-    On CPUs, for one, it turns FSDP into DDP: each process then holds the whole model.
+    On CPUs, for one, it turns FSDP into DDP: each process then holds the whole model. ValueError where accelerate was asked
+    to cut batches, which are packed and of which each process must have its own.
     """
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(trainer.args.accelerator_config, name):
+            raise ValueError(f"trainer.accelerator_config.{name} must be false for batches that are packed, but was true")
     found, wanted = trainer.accelerator.distributed_type, _asked(trainer.args)
     for kind, source in wanted.items():
         if found is not kind:

@@ -32,11 +32,10 @@ FIXED_FACTS = {"samples_per_step": "samples per step", "records": "number of rec
 
 
 def check(out: Path, config: TrainingConfig) -> None:
-    """ValueError where `out` belongs to a run with other settings; it names them."""
+    """ValueError where `out` belongs to a run with other settings, which it names, or to something else."""
     file = out / SETTINGS
     if not file.is_file():
-        if checkpoints.all_in(out):
-            raise ValueError(f"out must be a folder of its own, but {out} holds checkpoints and no {SETTINGS}")
+        _check_own(out)
         return
     before, now = _flat(yaml.safe_load(file.read_text())), _flat(config.to_dict())
     differ = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
@@ -50,6 +49,13 @@ def check_facts(out: Path, facts: dict[str, Any]) -> None:
         before = json.loads(file.read_text())
         pairs = {text: (before.get(name), facts[name]) for name, text in FIXED_FACTS.items()}
         _refuse(out, {text: (was, now) for text, (was, now) in pairs.items() if was != now})
+
+
+def _check_own(out: Path) -> None:
+    """ValueError where a folder without settings holds what a run would take for its own, and replace."""
+    found = [path.name for path in (*checkpoints.all_in(out), out / MODEL) if path.exists()]
+    if found:
+        raise ValueError(f"out must be a folder of its own, but {out} holds {found[0]} and no {SETTINGS}")
 
 
 def _refuse(out: Path, changed: dict[str, tuple]) -> None:
@@ -70,11 +76,15 @@ def write(out: Path, config: TrainingConfig, facts: dict[str, Any]) -> None:
 
 
 def clear(out: Path) -> None:
-    """Delete the run in `out`; other files stay. ValueError where checkpoints there are of something else."""
-    if not (out / SETTINGS).is_file() and checkpoints.all_in(out):
-        raise ValueError(f"out must be a folder of its own, but {out} holds checkpoints and no {SETTINGS}")
+    """Delete the run in `out`; other files stay. ValueError where checkpoints or a model there are of something else."""
+    if not (out / SETTINGS).is_file():
+        _check_own(out)
+        # Of a run that never began there is the report at most; any other name is somebody else's.
+        (out / REPORT).unlink(missing_ok=True)
+        return
     for path in (*checkpoints.all_in(out), out / checkpoints.UNFINISHED, out / MODEL, out / "runs"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(path)
     for name in (curves.LOG, curves.CURVE, REPORT, FACTS, SETTINGS):
         (out / name).unlink(missing_ok=True)
 

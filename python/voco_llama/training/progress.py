@@ -37,8 +37,8 @@ class Lines(TrainerCallback):
         if state.is_world_process_zero and "loss" in logs:
             self.console.print(line(state.global_step, state.max_steps, logs))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Take the bar away."""
+    def close(self) -> None:
+        """Take the bar away, which hides the terminal's cursor; of a run that fails, too, so this is no event of it."""
         self.bar.stop()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
+from transformers.trainer_pt_utils import get_model_param_count
 
 from voco_llama import VocoCollator, VocoLlavaForConditionalGeneration, VocoProcessor
 
@@ -60,13 +61,17 @@ def train(config: TrainingConfig, records: Sequence[dict] | None = None, resume:
     with _loading(config):
         model, processor = models.load(config, arguments)
         trained = _trained(model, config, arguments)
-    data = ConversationDataset.of(config, processor, records, seed=arguments.seed)
+    context = model.config.text_config.max_position_embeddings if model.config.positions == "continuous" else None
+    # The others find in the report what the first one has noted.
+    with arguments.main_process_first(local=False):
+        data = ConversationDataset.of(config, processor, records, arguments.seed, context)
+    lines = Lines()
     trainer = VocoTrainer(
         model=trained,
         args=arguments,
         train_dataset=data,
         data_collator=VocoCollator(model.config),
-        callbacks=[LogFiles(config.out), Lines()],
+        callbacks=[LogFiles(config.out), lines],
     )
     distributed.check(trainer)
     if config.lora is not None and trainer.is_fsdp_enabled:
@@ -79,7 +84,13 @@ def train(config: TrainingConfig, records: Sequence[dict] | None = None, resume:
         if arguments.should_save:
             checkpoints.remove_unfinished(config.out)
             outputs.write(config.out, config, facts)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        lines.close()
+    data.gather(lambda counts: trainer.accelerator.reduce(counts.to(arguments.device), "sum").cpu())
+    if arguments.should_save:
+        outputs.write(config.out, config, {**facts, "data": data.summary()})
     folder = config.out / outputs.MODEL
     _export(trainer, processor, folder, config)
     return TrainingResult(folder, losses_of(trainer.state.log_history))
@@ -152,15 +163,15 @@ def _uses_liger(config: TrainingConfig, arguments: TrainingArguments) -> bool:
 
 def _facts(trainer: VocoTrainer, data: ConversationDataset) -> dict:
     """What a run is about, in numbers."""
-    arguments, sizes = trainer.args, {True: 0, False: 0}
-    for parameter in trainer.model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
+    arguments = trainer.args
+    # Of what ZeRO-3 has split, a parameter itself knows nothing.
+    every, trained = (get_model_param_count(trainer.model, trainable_only=only) for only in (False, True))
     return {
         "records": len(data),
         "samples_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "processes": arguments.world_size,
         "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else arguments.device.type,
-        "parameters": {"trained": sizes[True], "frozen": sizes[False]},
+        "parameters": {"trained": trained, "frozen": every - trained},
         "data": data.summary(),
         "versions": outputs.versions(),
     }
