@@ -3,12 +3,10 @@
 
 namespace voco::attention {
 
-int run_key_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream) {
+int run_key_gradient(const Arguments& args, Dtype dtype, int head_dim, int blocks, void* stream) {
   return with_instance(dtype, head_dim, [&](auto instance) {
     using Instance = decltype(instance);
-    using Shape = KeyGradient<Instance::kHeadDim>;
-    return launch(key_gradient_kernel<typename Instance::Element, Instance::kHeadDim>, dim3(blocks), dim3(Shape::kThreads),
-                  Shape::kSharedBytes, stream, arguments);
+    return launch_key_gradient<typename Instance::Element, Instance::kHeadDim>(args, blocks, stream);
   });
 }
 

@@ -38,7 +38,7 @@ struct Arguments {
   float* delta;  // [heads, N], sum(out * grad_out): the gradient of q writes it, that of k and v reads it
   Plan plan;
   int num_tokens, heads, group;  // query heads; query heads that share a head of keys
-  float scale;
+  float scale, scale_log2;       // of scores; times log2(e)
 };
 
 // Each launches `blocks` blocks on `stream` of the current device, which take every blocks-th pair of a tile and a head; any number

@@ -25,8 +25,9 @@ struct QueryGradient {
   static constexpr bool kInRegisters = kHeadDim <= 128;
   using Stage = Stages<kHeadDim, kStages>;
   static constexpr int kRowBytes = kInRegisters ? 0 : kTileRows * kHeadDim * 2;  // of the queries, and of the gradients
-  static constexpr int kSharedBytes =
-      2 * kRowBytes + kStages * Stage::kStageBytes + (Stage::kSlots * kBackwardStep + kTileRows) * sizeof(int);
+  using KeySteps = Steps<2, kBackwardStep>;
+  static constexpr int kSharedBytes = 2 * kRowBytes + kStages * Stage::kStageBytes + sizeof(KeySteps) +
+                                      (Stage::kSlots * kBackwardStep + kTileRows) * sizeof(int);
 };
 
 template <class T, int kHeadDim>
@@ -37,9 +38,8 @@ struct QueryState {
   float sums[kHeadDim / 8][4];
   float lse[2], delta[2];  // of rows g and g + 8; lse in base 2
   const int* rows;
-  float scale;  // with log2(e)
 
-  __device__ void attend(uint32_t keys, uint32_t values, const int* tokens) {
+  __device__ void attend(uint32_t keys, uint32_t values, const int* tokens, float scale) {
     float scores[4][4] = {}, grad_weights[4][4] = {};
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
@@ -100,10 +100,11 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
   char* shared = shared_memory<char>();
   const uint32_t query_tile = smem_address(shared), grad_tile = query_tile + Shape::kRowBytes;
   const uint32_t stages = grad_tile + Shape::kRowBytes;
-  int* row_tokens = reinterpret_cast<int*>(shared + 2 * Shape::kRowBytes + kStages * Stage::kStageBytes);
+  auto& steps = *reinterpret_cast<typename Shape::KeySteps*>(shared + 2 * Shape::kRowBytes + kStages * Stage::kStageBytes);
+  int* row_tokens = reinterpret_cast<int*>(&steps + 1);
   int* tokens = row_tokens + kTileRows;
   const TileRows rows(args.plan, columns);
-  const auto steps = keys_of<kBackwardStep>(args.plan, columns);
+  const auto first_steps = keys_of<kBackwardStep>(args.plan, columns);
   const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
 
   const auto copy_step = [&](int step) {
@@ -117,7 +118,8 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
   };
 
   for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
-  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kBackwardStep + lane] = steps.token(step, lane);
+  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kBackwardStep + lane] = first_steps.token(step, lane);
+  if (threadIdx.x == 0) steps = first_steps;
   sync_block();
   if constexpr (!Shape::kInRegisters) {
     copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
@@ -127,7 +129,6 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
 
   QueryState<T, kHeadDim> state;
   state.rows = row_tokens + 16 * warp;
-  state.scale = args.scale * kLog2E;
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
@@ -159,7 +160,7 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
     copy_step(step + kStages - 1);
     const uint32_t keys = stages + step % kStages * Stage::kStageBytes;
     const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
-    if (16 * warp < rows.count && of_step[0] <= state.rows[15]) state.attend(keys, keys + Stage::kTileBytes, of_step);
+    if (16 * warp < rows.count && of_step[0] <= state.rows[15]) state.attend(keys, keys + Stage::kTileBytes, of_step, args.scale_log2);
     if (warp == 0) tokens[(step + kStages) % Stage::kSlots * kBackwardStep + lane] = upcoming;
   }
 
@@ -175,12 +176,14 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(QueryGradient<kHeadDim>::kThreads)
     query_gradient_kernel(const __grid_constant__ Arguments args) {
-  for (int pair = blockIdx.x; pair < args.plan.num_tiles * args.heads; pair += gridDim.x) {
-    const int* columns = args.plan.tiles + 8 * (pair / args.heads);
-    if (columns[1] == 0) break;
-    query_gradient_tile<T, kHeadDim>(args, columns, pair % args.heads);
-    sync_block();
-  }
+  for_each_pair<8>(args.plan, args.heads,
+                   [&](const int* columns, int head) { query_gradient_tile<T, kHeadDim>(args, columns, head); });
+}
+
+template <class T, int kHeadDim>
+int launch_query_gradient(const Arguments& args, int blocks, void* stream) {
+  using Shape = QueryGradient<kHeadDim>;
+  return launch(query_gradient_kernel<T, kHeadDim>, dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes, stream, args);
 }
 
 // ---- the gradients of k and v ------------------------------------------------------------------------------------------
@@ -194,16 +197,27 @@ struct KeyGradient {
   static constexpr int kStages = 2;
   using Stage = Stages<kHeadDim, kStages>;
   static constexpr int kKeyBytes = kInRegisters ? 0 : kTileKeys * kHeadDim * 2;  // of the keys, and of the values
+  using RowSteps = Steps<3, kBackwardStep>;
   // Of the rows: token, lse, delta. Of the keys: token, and the first token behind the segment.
-  static constexpr int kSharedBytes =
-      2 * kKeyBytes + kStages * Stage::kStageBytes + (3 * Stage::kSlots * kBackwardStep + 2 * kTileKeys) * sizeof(int);
+  static constexpr int kSharedBytes = 2 * kKeyBytes + kStages * Stage::kStageBytes + sizeof(RowSteps) +
+                                      (3 * Stage::kSlots * kBackwardStep + 2 * kTileKeys) * sizeof(int);
 };
 
 // What of the rows of a step is needed beside the rows themselves.
 struct RowNumbers {
   int* tokens;
-  float* lse;  // in base 2; infinite where there is no row, whose weights then are 0
+  float* lse;  // infinite where there is no row, whose weights then are 0
   float* delta;
+};
+
+// Which rows see each of a warp's 16 keys: from low to before high. Own rows do from the key on, late rows until the segment ends,
+// and readers from there.
+struct KeyLimits {
+  const int* keys;  // tokens; kTileKeys further on, the first token behind the segment
+  bool is_late, is_reader;
+
+  __device__ int low(int key) const { return keys[is_reader ? kTileKeys + key : key]; }
+  __device__ int high(int key) const { return is_late ? keys[kTileKeys + key] : kAbsent; }
 };
 
 template <class T, int kHeadDim>
@@ -213,11 +227,10 @@ struct KeyState {
   Operand<kHeadDim, Shape::kInRegisters> keys, values;
   float sums[Shape::kSplit ? 1 : 2][kHeadDim / 8][4];  // dk and dv, or one of them
   bool is_dv;                                          // where they are split
-  float scale;                                         // with log2(e)
 
-  // Takes 16 rows in. A key is seen by the rows from its low to before its high, if there is a limit.
-  __device__ void collect(uint32_t queries, uint32_t grads, int row, const RowNumbers& numbers, bool masked, const int* low,
-                          const int* high) {
+  // Takes 16 rows in.
+  __device__ void collect(uint32_t queries, uint32_t grads, int row, const RowNumbers& numbers, bool masked, const KeyLimits& limits,
+                          float scale) {
     float weights[2][4] = {};
     multiply(weights, keys, queries, row);
     const int column = row + lane_id() % 4 * 2;
@@ -225,10 +238,10 @@ struct KeyState {
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[n][i] = exp2_approx(fma_rn(weights[n][i], scale, -numbers.lse[column + 8 * n + i % 2]));
+        weights[n][i] = exp2_approx(fma_rn(weights[n][i], scale, numbers.lse[column + 8 * n + i % 2] * -kLog2E));
       }
     }
-    if (masked) hide(weights, numbers.tokens + column, low + lane_id() / 4, high ? high + lane_id() / 4 : nullptr);
+    if (masked) hide(weights, numbers.tokens + column, limits);
     uint32_t a[4];
     if (!Shape::kSplit || is_dv) {
       as_operand<T>(a, weights[0], weights[1]);
@@ -248,10 +261,10 @@ struct KeyState {
   }
 
  private:
-  __device__ void hide(float (&weights)[2][4], const int* rows, const int* low, const int* high) {
+  __device__ void hide(float (&weights)[2][4], const int* rows, const KeyLimits& limits) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int from = low[8 * half], to = high ? high[8 * half] : kAbsent;
+      const int key = 8 * half + lane_id() / 4, from = limits.low(key), to = limits.high(key);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -284,7 +297,8 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
   char* shared = shared_memory<char>();
   const uint32_t key_tile = smem_address(shared), value_tile = key_tile + Shape::kKeyBytes;
   const uint32_t stages = value_tile + Shape::kKeyBytes;
-  int* key_tokens = reinterpret_cast<int*>(shared + 2 * Shape::kKeyBytes + kStages * Stage::kStageBytes);
+  auto& steps = *reinterpret_cast<typename Shape::RowSteps*>(shared + 2 * Shape::kKeyBytes + kStages * Stage::kStageBytes);
+  int* key_tokens = reinterpret_cast<int*>(&steps + 1);
   int* after = key_tokens + kTileKeys;
   int* tokens = after + kTileKeys;
   float* lse = reinterpret_cast<float*>(tokens + kSlotSize);
@@ -292,33 +306,32 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
   const int warp = warp_id(), lane = lane_id(), begin = columns[0], count = columns[1];
   const Plan& plan = args.plan;
   // Private keys have own rows only; public keys have late rows of their segments, and readers.
-  Steps<3, kBackwardStep> steps = {{{nullptr, columns[2], columns[4]},
-                                    {plan.late_index, columns[5], columns[6]},
-                                    {plan.reader_index, columns[7], columns[9]}}};
-  steps.count();
+  if (threadIdx.x == 0) {
+    steps.ranges[0] = {nullptr, columns[2], columns[4]};
+    steps.ranges[1] = {plan.late_index, columns[5], columns[6]};
+    steps.ranges[2] = {plan.reader_index, columns[7], columns[9]};
+    steps.count();
+  }
+  for (int i = threadIdx.x; i < kTileKeys; i += Shape::kThreads) {
+    const int key = plan.key_index[begin + min(i, count - 1)];
+    key_tokens[i] = key;
+    after[i] = plan.after[key];
+  }
+  sync_block();
   const int of_head = steps.size(), all = of_head * args.group;  // every query head of the group has all steps
 
-  struct Next {
-    int token;
-    float lse, delta;
-  };
+  // Of lane's row in a step: the first warp looks up tokens, the second one lse, the third one delta.
   const auto look_up = [&](int step) {
-    Next next = {kAbsent, kInfinity, 0};
-    if (step < all) {
-      next.token = steps.token(step % of_head, lane);
-      if (next.token != kAbsent) {
-        const int64_t at = int64_t{key_head * args.group + step / of_head} * args.num_tokens + next.token;
-        next.lse = args.lse[at] * kLog2E;
-        next.delta = args.delta[at];
-      }
-    }
-    return next;
+    const int absent = warp == 0 ? kAbsent : warp == 1 ? kInfinityBits : 0;
+    if (warp >= 3 || step >= all) return absent;
+    const int token = steps.token(step % of_head, lane);
+    if (token == kAbsent) return absent;
+    if (warp == 0) return token;
+    const int64_t at = int64_t{key_head * args.group + step / of_head} * args.num_tokens + token;
+    return reinterpret_cast<const int*>(warp == 1 ? args.lse : args.delta)[at];
   };
-  const auto keep = [&](int step, const Next& next) {
-    const int at = step % Stage::kSlots * kBackwardStep + lane;
-    tokens[at] = next.token;
-    lse[at] = next.lse;
-    delta[at] = next.delta;
+  const auto keep = [&](int step, int number) {
+    if (warp < 3) tokens[warp * kSlotSize + step % Stage::kSlots * kBackwardStep + lane] = number;
   };
   const auto copy_step = [&](int step) {
     if (step < all) {
@@ -331,12 +344,7 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
     cp_async_commit();
   };
 
-  for (int i = threadIdx.x; i < kTileKeys; i += Shape::kThreads) {
-    const int key = plan.key_index[begin + min(i, count - 1)];
-    key_tokens[i] = key;
-    after[i] = plan.after[key];
-  }
-  for (int step = warp; step < kStages; step += Shape::kWarps) keep(step, look_up(step));
+  for (int step = 0; step < kStages; ++step) keep(step, look_up(step));
   sync_block();
   if constexpr (!Shape::kInRegisters) {
     copy_rows<T, kHeadDim, kTileKeys, Shape::kThreads>(key_tile, args.k, key_head, key_tokens);
@@ -348,7 +356,6 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
   const int first = warp % Shape::kKeyWarps * 16;
   const int* lane_keys = key_tokens + first + lane / 4;
   state.is_dv = warp >= Shape::kKeyWarps;
-  state.scale = args.scale * kLog2E;
 #pragma unroll
   for (auto& sums : state.sums) {
 #pragma unroll
@@ -369,23 +376,21 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
     cp_async_wait<kStages - 2>();
     sync_block();
     // Looked up one step before it is copied.
-    Next next = {};
-    if (warp == 0) next = look_up(step + kStages);
+    const int upcoming = look_up(step + kStages);
     copy_step(step + kStages - 1);
     const uint32_t queries = stages + step % kStages * Stage::kStageBytes;
     const int slot = step % Stage::kSlots * kBackwardStep, in_head = step % of_head;
     const RowNumbers numbers = {tokens + slot, lse + slot, delta + slot};
-    const bool is_late = in_head >= steps.first[1] && in_head < steps.first[2], is_reader = in_head >= steps.first[2];
-    const int* low = (is_reader ? after : key_tokens) + first;
-    const int* high = is_late ? after + first : nullptr;
+    const bool is_reader = in_head >= steps.first[2];
+    const KeyLimits limits = {key_tokens + first, !is_reader && in_head >= steps.first[1], is_reader};
 #pragma unroll 1
     for (int row = 0; row < kBackwardStep; row += 16) {
       const int first_row = numbers.tokens[row], last_row = numbers.tokens[row + 15];
-      const bool sees = last_row >= low[0] && first_row < (high ? high[15] : kAbsent);
-      const bool masked = first_row < low[15] || last_row >= (high ? high[0] : kAbsent);
-      if (first < count && sees) state.collect(queries, queries + Stage::kTileBytes, row, numbers, masked, low, high);
+      if (first >= count || last_row < limits.low(0) || first_row >= limits.high(15)) continue;
+      const bool masked = first_row < limits.low(15) || last_row >= limits.high(0);
+      state.collect(queries, queries + Stage::kTileBytes, row, numbers, masked, limits, args.scale_log2);
     }
-    if (warp == 0) keep(step + kStages, next);
+    keep(step + kStages, upcoming);
   }
 
 #pragma unroll
@@ -406,13 +411,14 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(KeyGradient<kHeadDim>::kThreads)
     key_gradient_kernel(const __grid_constant__ Arguments args) {
-  const int heads = args.heads / args.group;
-  for (int pair = blockIdx.x; pair < args.plan.num_tiles * heads; pair += gridDim.x) {
-    const int* columns = args.plan.tiles + 10 * (pair / heads);
-    if (columns[1] == 0) break;
-    key_gradient_tile<T, kHeadDim>(args, columns, pair % heads);
-    sync_block();
-  }
+  for_each_pair<10>(args.plan, args.heads / args.group,
+                    [&](const int* columns, int key_head) { key_gradient_tile<T, kHeadDim>(args, columns, key_head); });
+}
+
+template <class T, int kHeadDim>
+int launch_key_gradient(const Arguments& args, int blocks, void* stream) {
+  using Shape = KeyGradient<kHeadDim>;
+  return launch(key_gradient_kernel<T, kHeadDim>, dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes, stream, args);
 }
 
 }  // namespace voco::attention

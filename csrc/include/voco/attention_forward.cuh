@@ -16,15 +16,16 @@ struct Forward {
   static constexpr int kTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarps = kTileRows / (16 * kTiles), kThreads = 32 * kWarps;
   static constexpr int kKeys = 32, kStages = kHeadDim <= 96 ? 3 : 2;
-  // At 128 the accumulators leave no registers for the queries.
-  static constexpr bool kQueriesInRegisters = kHeadDim != 128;
+  // From 128 on the accumulators leave no registers for the queries.
+  static constexpr bool kQueriesInRegisters = kHeadDim < 128;
 
   static constexpr int kTileBytes = kKeys * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : kTileRows * kHeadDim * 2;
   // Tokens of the steps that are copied, of the one that is computed, and of the one that comes next.
   static constexpr int kSlots = kStages + 1;
-  static constexpr int kTokenBytes = (kSlots * kKeys + kTileRows) * sizeof(int);
-  static constexpr int kSharedBytes = kQueryBytes + kStages * kStageBytes + kTokenBytes;
+  using KeySteps = Steps<2, kKeys>;
+  static constexpr int kSharedBytes =
+      kQueryBytes + kStages * kStageBytes + sizeof(KeySteps) + (kSlots * kKeys + kTileRows) * sizeof(int);
 };
 
 // A warp's rows while it goes through the keys. Maxima are of scaled scores in base 2.
@@ -36,8 +37,8 @@ struct RowState {
   float out[kTiles][kHeadDim / 8][4];
   float sum[kTiles][2], highest[kTiles][2];  // a lane's sum is of its own keys; rows g and g + 8
   const int* rows;  // of the warp, in shared memory
+  float scale;      // of scores, with log2(e)
   Operand<kHeadDim, Shape::kQueriesInRegisters> queries[kTiles];
-  float scale;  // of scores, with log2(e)
 
   __device__ void clear() {
 #pragma unroll
@@ -93,7 +94,6 @@ struct RowState {
     }
   }
 
- private:
   // A row does not see the keys behind it.
   template <int kUsed>
   __device__ void hide(float (&scores)[kUsed][4][4], const int* tokens) const {
@@ -156,10 +156,11 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
   constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kStages = Shape::kStages;
   char* shared = shared_memory<char>();
   const uint32_t query_tile = smem_address(shared), stages = query_tile + Shape::kQueryBytes;
-  int* row_tokens = reinterpret_cast<int*>(shared + Shape::kQueryBytes + kStages * Shape::kStageBytes);
+  auto& steps = *reinterpret_cast<typename Shape::KeySteps*>(shared + Shape::kQueryBytes + kStages * Shape::kStageBytes);
+  int* row_tokens = reinterpret_cast<int*>(&steps + 1);
   int* tokens = row_tokens + kTileRows;
   const TileRows rows(args.plan, columns);
-  const auto steps = keys_of<kKeys>(args.plan, columns);
+  const auto first_steps = keys_of<kKeys>(args.plan, columns);
   const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
 
   const auto copy_step = [&](int step) {
@@ -173,7 +174,8 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
   };
 
   for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
-  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kKeys + lane] = steps.token(step, lane);
+  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kKeys + lane] = first_steps.token(step, lane);
+  if (threadIdx.x == 0) steps = first_steps;
   sync_block();
   if constexpr (!Shape::kQueriesInRegisters) {
     copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
@@ -182,7 +184,7 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
 
   RowState<T, kHeadDim> state;
   state.clear();
-  state.scale = args.scale * kLog2E;
+  state.scale = args.scale_log2;
   const int first = 16 * kTiles * warp, used = (rows.count - first + 15) / 16;
   state.rows = row_tokens + first;
 #pragma unroll
@@ -236,14 +238,13 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
 // heads of a tile are neighbours, since they read the same rows of memory, and with groups the same keys.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(Forward<kHeadDim>::kThreads) forward_kernel(const __grid_constant__ Arguments args) {
-  for (int pair = blockIdx.x; pair < args.plan.num_tiles * args.heads; pair += gridDim.x) {
-    const int* columns = args.plan.tiles + 8 * (pair / args.heads);
-    // Behind the last tile there is nothing.
-    if (columns[1] == 0) break;
-    forward_tile<T, kHeadDim>(args, columns, pair % args.heads);
-    // The next pair's copies must not meet those who still read this one's.
-    sync_block();
-  }
+  for_each_pair<8>(args.plan, args.heads, [&](const int* columns, int head) { forward_tile<T, kHeadDim>(args, columns, head); });
+}
+
+template <class T, int kHeadDim>
+int launch_forward(const Arguments& args, int blocks, void* stream) {
+  using Shape = Forward<kHeadDim>;
+  return launch(forward_kernel<T, kHeadDim>, dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes, stream, args);
 }
 
 }  // namespace voco::attention

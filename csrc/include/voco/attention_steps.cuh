@@ -12,6 +12,27 @@ namespace voco::attention {
 constexpr int kAbsent = 0x7fffffff;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kInfinityBits = 0x7f800000;
+
+// body(columns of the tile, head) for every gridDim.x-th pair of a tile and a head. All heads of a tile are neighbours in the grid,
+// since they read the same rows of memory, and with groups the same keys.
+template <int kColumns, class Body>
+__device__ inline void for_each_pair(const Plan& plan, int heads, Body body) {
+  // Not in a register, of which the body needs all.
+  VOCO_SHARED(int, pair, 1);
+  if (threadIdx.x == 0) pair[0] = blockIdx.x;
+  sync_block();
+  while (pair[0] < plan.num_tiles * heads) {
+    const int* columns = plan.tiles + kColumns * (pair[0] / heads);
+    // Behind the last tile there is nothing.
+    if (columns[1] == 0) break;
+    body(columns, pair[0] % heads);
+    // Everyone is through with the pair, and with what was copied for it, before the next one begins.
+    sync_block();
+    if (threadIdx.x == 0) pair[0] += gridDim.x;
+    sync_block();
+  }
+}
 
 // The row of a token in one head.
 template <class T>
@@ -25,7 +46,8 @@ struct Range {
   int begin, end;
 };
 
-// The ranges of a tile, cut into steps of kStep tokens; the last step of a range may have fewer.
+// The ranges of a tile, cut into steps of kStep tokens; the last step of a range may have fewer. It lies in shared memory while
+// the steps are gone through: in registers it would take more than the products leave.
 template <int kRanges, int kStep>
 struct Steps {
   Range ranges[kRanges];

@@ -35,7 +35,7 @@ __device__ inline float2 unpack<__nv_bfloat16>(uint32_t pair) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
 }
 
-// The place, in bytes, of 16 bytes (a chunk of eight columns) in a tile of rows of kColumns: one chunk of eight rows that follow
+// The place, in bytes, of 16 bytes (a chunk of eight columns) in a tile of rows of kColumns, which begins at a multiple of 128: one chunk of eight rows that follow
 // each other, which is what ldmatrix reads in a cycle, lies in eight different groups of banks.
 template <int kColumns>
 __device__ inline uint32_t chunk_at(int row, int chunk) {
@@ -45,22 +45,32 @@ __device__ inline uint32_t chunk_at(int row, int chunk) {
   return row * (2 * kColumns) + (chunk ^ swizzle) * 16;
 }
 
+// The address 2 * pairs chunks further in its row than `address`, one of the first two chunks of a row. Only bits change that the
+// tile's alignment keeps free, so one register and constants do for a whole row.
+template <int kColumns>
+__device__ inline uint32_t further(uint32_t address, int pairs) {
+  constexpr int kSpan = kColumns % 64 == 0 ? 128 : 64;  // bytes that chunk_at swizzles within
+  const int bytes = 32 * pairs;
+  return (address ^ bytes % kSpan) + bytes / kSpan * kSpan;
+}
+
 // A tile as operand A, k16 being 16 columns of it: rows `row` to `row` + 15.
 template <int kColumns>
 __device__ inline void load_a(uint32_t (&a)[4], uint32_t tile, int row, int k16) {
-  ldmatrix_x4(a, tile + chunk_at<kColumns>(row + lane_id() % 16, 2 * k16 + lane_id() / 16));
+  ldmatrix_x4(a, further<kColumns>(tile + chunk_at<kColumns>(row + lane_id() % 16, lane_id() / 16), k16));
 }
 
 // A tile's transpose as operand B, 16 of its rows being columns of B: b[0], b[1] those of the first eight, b[2], b[3] of the rest.
 template <int kColumns>
 __device__ inline void load_b_transposed(uint32_t (&b)[4], uint32_t tile, int row, int k16) {
-  ldmatrix_x4(b, tile + chunk_at<kColumns>(row + lane_id() / 16 * 8 + lane_id() % 8, 2 * k16 + lane_id() / 8 % 2));
+  const int in_tile = row + lane_id() / 16 * 8 + lane_id() % 8;
+  ldmatrix_x4(b, further<kColumns>(tile + chunk_at<kColumns>(in_tile, lane_id() / 8 % 2), k16));
 }
 
 // A tile as operand B, 16 rows of it being the depth: b[0], b[1] for the first eight of 16 columns, b[2], b[3] for the rest.
 template <int kColumns>
 __device__ inline void load_b(uint32_t (&b)[4], uint32_t tile, int row, int n16) {
-  ldmatrix_x4_trans(b, tile + chunk_at<kColumns>(row + lane_id() % 16, 2 * n16 + lane_id() / 16));
+  ldmatrix_x4_trans(b, further<kColumns>(tile + chunk_at<kColumns>(row + lane_id() % 16, lane_id() / 16), n16));
 }
 
 // Exchanges words among the four lanes of a row: word i of lane t becomes word t of lane i.

@@ -29,10 +29,10 @@ namespace voco {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// The dynamic shared memory of the block, whose size the launch gives; aligned to 16 bytes.
+// The dynamic shared memory of the block, whose size the launch gives; aligned to 128 bytes.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
-  extern __shared__ __align__(16) unsigned char voco_shared_memory[];
+  extern __shared__ __align__(128) unsigned char voco_shared_memory[];
   return reinterpret_cast<T*>(voco_shared_memory);
 }
 
@@ -57,6 +57,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Four bytes of x (0 to 3) and y (4 to 7): digit i of the selector, in hexadecimal, says which becomes byte i.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+  return __byte_perm(x, y, selector);
 }
 
 // The value of another lane; T has four bytes.

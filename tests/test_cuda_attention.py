@@ -1,0 +1,383 @@
+"""The CUDA attention kernels against float64, in the emulation of csrc/host; under sanitizers; and their machine code.
+
+On a GPU the same comparisons run on the real module.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_backend
+import cuda_host
+import numpy as np
+import pytest
+import torch
+from fake_cuda import cuobjdump
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_attention, mask_of_layout
+from strategies import attention_layouts
+from test_attention import GRADIENTS, LAYOUTS, inputs, spans
+
+from voco_kernels import Image, Text, VocoLayout, voco_attention
+from voco_kernels.backends.cuda import attention as backend
+from voco_kernels.tiles import TilePlan, build_tiles, keep
+
+GPU = torch.cuda.is_available() and backend.unavailable_reason() is None
+DEVICE = "cuda" if GPU else "cpu"
+HERE = Path(__file__).resolve().parent
+BUDGET = HERE / "cuda_attention_budget.json"
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def cuda():
+    """Backend "cuda": on a GPU, or emulated. What no kernel has written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if GPU:
+        yield backend.load()
+    else:
+        with cuda_backend.emulated() as module:
+            yield module
+    torch.use_deterministic_algorithms(False)
+
+
+def results(q, k, v, grad, layout, scale=None) -> dict[str, torch.Tensor]:
+    """out, lse and gradients of the backend as CPU tensors."""
+    leaves = [x.detach().to(DEVICE).requires_grad_() for x in (q, k, v)]
+    out, lse = voco_attention(*leaves, layout.to(DEVICE), scale, "cuda", return_lse=True)
+    grads = torch.autograd.grad(out, leaves, grad.to(DEVICE))
+    return {name: x.detach().cpu() for name, x in zip(("out", "lse", *GRADIENTS), (out, lse, *grads))}
+
+
+def assert_case(layout, dtype=torch.bfloat16, heads=(2, 1), head_dim=64, scale=None, **options):
+    x = inputs(layout, dtype, heads, head_dim, **options)
+    assert_attention([(results(*x, layout, scale), x)], layout, scale)
+
+
+# ---- against float64 under the error rule ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_layout(cuda, dtype, isolated, data):
+    assert_case(data.draw(attention_layouts(isolated), "layout"), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_any_layout_at_every_head_dim(cuda, head_dim, data):
+    layout = data.draw(attention_layouts(data.draw(st.booleans(), "isolated")), "layout")
+    assert_case(layout, data.draw(st.sampled_from(DTYPES), "dtype"), head_dim=head_dim)
+
+
+@pytest.mark.parametrize("name", ["prime lengths", "ends in an image", "public tokens anywhere", "padding"])
+@pytest.mark.parametrize("head_dim", backend.HEAD_DIMS)
+def test_named_layouts(cuda, name, head_dim):
+    assert_case(LAYOUTS[name], head_dim=head_dim)
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
+@pytest.mark.parametrize("rows", [(15, 16, 17, 31), (32, 33, 47, 48, 49, 63), (64, 65, 80, 97, 129)], ids=str)
+def test_edges_of_tiles(cuda, rows, isolated):
+    """Segments and text that end around the sizes of tiles, of warps' shares and of steps."""
+    assert_case(spans(*([Image(n - 2, 2), Text(n)] for n in rows), isolated=isolated), heads=(1, 1))
+
+
+LONG = [Text(70), Image(130, 70), Text(90), Image(150, 3), Text(140)]
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.full), pytest.param(256, marks=pytest.mark.full)])
+def test_many_steps(cuda, isolated, head_dim):
+    """Stages go round in each range: text and VoCo keys before a segment, long segments, long text, many readers."""
+    assert_case(spans(LONG, isolated=isolated), head_dim=head_dim)
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (3, 3), (8, 2)], ids=str)
+def test_heads(cuda, heads):
+    assert_case(spans([Text(3), Image(29, 3), Text(18)]), torch.float16, heads)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5])
+def test_scale(cuda, scale):
+    assert_case(LAYOUTS["prime lengths"], scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_very_large_and_very_small_scores(cuda, dtype):
+    layout = spans([Text(3), Image(9, 2), Text(40)], [Image(40, 2), Text(5)])
+    q, k, v, grad = inputs(layout, dtype, (2, 1), 64)
+    # All scores of odd rows are very negative, those of even ones large.
+    k = k.abs()
+    q = 30 * q.abs() * (1 - 2 * (torch.arange(len(q)) % 2))[:, None, None]
+    x = (q.to(dtype), k, v, grad)
+    assert_attention([(results(*x, layout), x)], layout)
+
+
+def test_gradients_add_up_in_float32(cuda):
+    """A key of an early token gathers gradients from every later segment."""
+    layout = spans([Text(3), *[Image(2 + i % 3, 1) for i in range(40)], Text(8)])
+    q, k, v, grad = inputs(layout, torch.bfloat16, (1, 1), 64)
+    x = (0.3 * q, k, v, grad + 1)
+    assert_attention([(results(*x, layout), x)], layout)
+
+
+# ---- the same bits, however it is launched -----------------------------------------------------------------------------
+
+MIXED = spans([Text(3), Image(70, 3), Text(40)], [Image(20, 2), Text(18)], isolated=False)
+
+
+def assert_same(got, want):
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_twice_gives_the_same_bits(cuda):
+    x = inputs(MIXED, torch.float16, (2, 1), 64)
+    assert_same(results(*x, MIXED), results(*x, MIXED))
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_blocks_go_on_to_further_tiles(cuda, tiles, monkeypatch):
+    x = inputs(MIXED, torch.float16, (2, 1), 64)
+    want = results(*x, MIXED)
+    monkeypatch.setattr(TilePlan, "likely", lambda *_: tiles)
+    assert_same(results(*x, MIXED), want)
+
+
+def test_plans_that_were_not_counted(cuda):
+    """As they are made on a device: behind the tiles are zeros, and the number of blocks is a guess."""
+    x = inputs(MIXED, torch.float16, (2, 1), 64)
+    want, plan = results(*x, MIXED), build_tiles(MIXED, backend.GEOMETRY)
+
+    def filled(tiles):
+        return torch.cat([tiles, tiles.new_zeros(MIXED.num_tokens - len(tiles), tiles.shape[1])])
+
+    plan = dataclasses.replace(plan, counted=False, row_tiles=filled(plan.row_tiles), key_tiles=filled(plan.key_tiles))
+    layout = dataclasses.replace(MIXED).to(DEVICE)
+    keep(layout, plan.to(DEVICE))
+    assert_same(results(*x, layout), want)
+
+
+def test_the_plan_is_the_one_that_a_data_loader_prepares(cuda):
+    x = inputs(MIXED, torch.float16, (2, 1), 64)
+    layout = dataclasses.replace(MIXED).prepare()
+    assert layout.tiles.geometry == backend.GEOMETRY
+    assert_same(results(*x, layout), results(*x, MIXED))
+
+
+ROWS = {
+    "heads first": (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), True),
+    "one of several": (lambda x: torch.stack([x, x + 1], 1)[:, 0], True),
+    "odd stride of heads": (lambda x: torch.nn.functional.pad(x, (0, 4))[..., :64], False),
+    "odd address": (lambda x: torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape), False),
+    "columns apart": (lambda x: x.repeat_interleave(2, 2)[..., ::2], False),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_strides(cuda, name):
+    """Rows that 16 bytes at a time do not fit are copied, and nothing else."""
+    change, fits = ROWS[name]
+    x = inputs(MIXED, torch.float16, (2, 2), 64)
+    changed = [change(t) for t in x]
+    assert (backend._aligned(changed[0]) is changed[0]) == fits
+    assert_same(results(*changed, MIXED), results(*x, MIXED))
+
+
+# ---- behaviour ---------------------------------------------------------------------------------------------------------
+
+
+def test_padding_may_hold_anything(cuda):
+    layout = LAYOUTS["padding"]
+    clean = inputs(layout, torch.float16, (2, 1), 64)
+    poisoned = [x.clone() for x in clean]
+    for x in poisoned:
+        x[layout.segment_ids < 0] = float("nan")
+    got = results(*poisoned, layout)
+    assert_same(got, results(*clean, layout))
+    padding = layout.segment_ids < 0
+    assert all(not got[name][padding].any() for name in ("out", *GRADIENTS))
+    assert (got["lse"][padding] == float("-inf")).all() and got["lse"][~padding].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [spans(), spans([], [])])
+def test_nothing_to_attend_to(cuda, layout):
+    x = inputs(layout, torch.float16, (2, 1), 64)
+    assert results(*x, layout)["out"].shape == x[0].shape
+
+
+def test_nan_does_not_look_like_padding(cuda):
+    layout = spans([Text(4)])
+    q, k, v, _ = (t.to(DEVICE) for t in inputs(layout, torch.float16, (1, 1), 64))
+    q[2] = float("nan")
+    out, lse = voco_attention(q, k, v, layout.to(DEVICE), backend="cuda", return_lse=True)
+    assert out[2].isnan().all() and lse[2].isnan().all() and lse[[0, 1, 3]].isfinite().all()
+
+
+def test_opcheck(cuda):
+    layout = spans([Image(4, 2), Text(3)], isolated=True).to(DEVICE)
+    q, k, v, grad = (x.to(DEVICE) for x in inputs(layout.to("cpu"), torch.float16, (2, 1), 64))
+    ids = (layout.segment_ids, layout.public, layout.cu_seqlens, layout.isolated)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.voco.attention.default, (*leaves, *ids, 0.3, "cuda", True))
+    out, lse = torch.ops.voco.attention(q, k, v, *ids, 0.3, "cuda", True)
+    torch.library.opcheck(torch.ops.voco.attention_backward.default, (grad, q, k, v, out, lse, *ids, 0.3, "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"),
+    [
+        (64, torch.float32, "it takes float16 and bfloat16, not float32"),
+        (80, torch.float16, "it takes head_dim 64, 96, 128, 256, not 80"),
+    ],
+)
+def test_refusals(cuda, head_dim, dtype, reason):
+    layout = spans([Text(3)])
+    q, k, v, _ = (x.to(DEVICE) for x in inputs(layout, dtype, (1, 1), head_dim))
+    with pytest.raises(ValueError, match=rf"^backend 'cuda' cannot serve this call: {reason}$"):
+        voco_attention(q, k, v, layout.to(DEVICE), backend="cuda")
+
+
+def test_gpus_that_cannot_run_it(cuda, monkeypatch):
+    """Another architecture, and one whose blocks have too little shared memory for rows of 256."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    q = SimpleNamespace(dtype=torch.float16, shape=(3, 1, 256), device=torch.device("cuda", 0), is_cuda=True)
+    for capability, archs, memory, reason in (
+        ((7, 5), ["sm_80"], 65536, "it was compiled for sm_80, and the GPU has compute capability (7, 5)"),
+        ((8, 6), ["sm_80"], 101376, "head_dim 256 needs {} bytes of shared memory, and the GPU has 101376"),
+        ((8, 0), ["sm_80"], 166912, None),
+    ):
+        fake = SimpleNamespace(
+            DEVICE_TYPE="cuda",
+            compiled_archs=lambda archs=archs: archs,
+            device_query=lambda memory=memory: [{"shared_memory_per_block_optin": memory}],
+            attention_shared=cuda.attention_shared,
+        )
+        monkeypatch.setattr(backend, "load", lambda fake=fake: fake)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        backend._unserved.cache_clear()
+        assert backend.unsupported_reason(q) == (reason and reason.format(cuda.attention_shared(256)))
+    backend._unserved.cache_clear()
+    assert cuda.attention_shared(80) == 0
+
+
+# ---- under sanitizers --------------------------------------------------------------------------------------------------
+
+# Every kind of tile and step, in few tokens.
+SMALL = spans([Text(5), Image(34, 3), Text(20), Image(14, 2), Text(3)], [Image(66, 2), Text(9)], isolated=False)
+
+
+def problem_file(layout: VocoLayout, folder: Path, head_dim: int, heads=(2, 1)) -> Path:
+    """A problem as tests/cuda/attention_cases.cpp reads it."""
+    plan, n = build_tiles(layout, backend.GEOMETRY), layout.num_tokens
+    sizes = [n, heads[0], heads[0] // heads[1], len(plan.row_tiles), len(plan.key_tiles)]
+    lists = (plan.row_tiles, plan.key_tiles, plan.row_index, plan.key_index, plan.reader_index, plan.late_index, plan.after)
+    parts = [np.array(sizes, np.int32), *(x.numpy() for x in lists), mask_of_layout(layout).astype(np.int32)]
+    parts += [x.float().numpy() for x in inputs(layout, torch.bfloat16, heads, head_dim)]
+    path = folder / "problem"
+    path.write_bytes(b"".join(part.tobytes() for part in parts))
+    return path
+
+
+def sanitized(kind: str, head_dim: int, folder: Path, wrong: str = "", lazy: bool = True, layout=SMALL) -> str:
+    """What a build of that kind prints."""
+    if reason := cuda_host.missing(kind):
+        pytest.skip(reason)
+    flags = ["-DVOCO_T=__nv_bfloat16", f"-DVOCO_D={head_dim}"]
+    executable = cuda_host.build("attention_cases", [HERE / "cuda" / "attention_cases.cpp"], kind, extra_flags=flags)
+    arguments = [problem_file(layout, folder, head_dim), *([wrong] if wrong else [])]
+    return cuda_host.run(executable, arguments, lazy=lazy)
+
+
+ALL_HEAD_DIMS = [64, *(pytest.param(head_dim, marks=pytest.mark.full) for head_dim in (96, 128, 256))]
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+@pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("head_dim", ALL_HEAD_DIMS)
+def test_sanitizers_find_nothing(kind, head_dim, lazy, tmp_path):
+    assert sanitized(kind, head_dim, tmp_path, lazy=lazy) == "0 failures\nbank conflicts: 0\n"
+
+
+def test_the_values_are_looked_at(tmp_path):
+    assert "0 failures" not in sanitized("plain", 64, tmp_path, "values")
+
+
+def test_an_access_out_of_bounds_is_seen(tmp_path):
+    with pytest.raises(cuda_host.HostError, match="heap-buffer-overflow"):
+        sanitized("asan", 64, tmp_path, "short")
+
+
+def test_a_race_is_seen(tmp_path):
+    with pytest.raises(cuda_host.HostError, match="data race"):
+        sanitized("tsan", 64, tmp_path, "twice")
+
+
+# ---- machine code ------------------------------------------------------------------------------------------------------
+
+KERNELS = {"forward": "forward", "query_gradient": "backward", "key_gradient": "backward"}
+COUNTED = ("HMMA", "LDSM", "LDGSTS")
+
+
+def machine_code(arch: str, instances: list[tuple[str, str, int]], folder: Path) -> dict[str, dict[str, int]]:
+    """Registers, local memory and some instructions of each (kernel, type, head_dim)."""
+    source, cubin = folder / "instances.cu", folder / "instances.cubin"
+    lines = [f'#include "voco/attention_{file}.cuh"' for file in sorted(set(KERNELS.values()))]
+    for kernel, element, head_dim in instances:
+        name = f"voco::attention::{kernel}_kernel<{element}, {head_dim}>"
+        lines.append(f"template __global__ void {name}(const __grid_constant__ voco::attention::Arguments);")
+    source.write_text("\n".join(lines))
+    command = [cuda_host.find_nvcc(), "-std=c++17", "-cubin", f"-arch={arch}", "-I", cuda_host.CSRC / "include"]
+    subprocess.run([*command, source, "-o", cubin], check=True)
+    dump = [cuobjdump(), "--dump-resource-usage", "--dump-sass", cubin]
+    text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    usage = {name: (int(r), int(s)) for name, r, s in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)}
+    found = {}
+    for symbol, code in re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", text, re.DOTALL):
+        kernel, element, head_dim = re.search(r"\d+(forward|query_gradient|key_gradient)_kernelI\d+(__half|__nv_bfloat16)Li(\d+)E", symbol).groups()
+        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]+)", code, re.MULTILINE))
+        numbers = {"registers": usage[symbol][0], "stack": usage[symbol][1], "local": opcodes["LDL"] + opcodes["STL"]}
+        found[f"{kernel} {element} {head_dim}"] = numbers | {name: opcodes[name] for name in COUNTED}
+    return found
+
+
+def all_instances(elements=("__half", "__nv_bfloat16"), head_dims=backend.HEAD_DIMS) -> list[tuple[str, str, int]]:
+    return [(kernel, element, head_dim) for kernel in KERNELS for element in elements for head_dim in head_dims]
+
+
+@pytest.mark.parametrize(
+    ("arch", "instances"),
+    [
+        ("sm_80", all_instances(["__nv_bfloat16"], [128])),
+        pytest.param("sm_80", all_instances(), marks=pytest.mark.full),
+        pytest.param("sm_90", all_instances(), marks=pytest.mark.full),
+    ],
+    ids=["sm_80 brief", "sm_80", "sm_90"],
+)
+def test_machine_code_keeps_to_the_budget(arch, instances, tmp_path):
+    """Nothing spills, products are on tensor cores, and what they take comes by asynchronous copies and ldmatrix."""
+    if cuda_host.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    found, budget = machine_code(arch, instances, tmp_path), json.loads(BUDGET.read_text())[arch]
+    assert len(found) == len(instances)
+    for name, kernel in found.items():
+        assert kernel["stack"] == kernel["local"] == 0, (name, kernel)
+        assert kernel["registers"] <= min(255, budget[name]["registers"] + 8), (name, kernel)
+        assert {key: kernel[key] for key in COUNTED} == {key: budget[name][key] for key in COUNTED}, (name, kernel)
+        assert all(kernel[key] for key in COUNTED), (name, kernel)
+
+
+if __name__ == "__main__":  # write the budget anew: python tests/test_cuda_attention.py
+    with tempfile.TemporaryDirectory() as folder:
+        measured = {arch: machine_code(arch, all_instances(), Path(folder)) for arch in ("sm_80", "sm_90")}
+    BUDGET.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
