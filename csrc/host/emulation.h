@@ -151,6 +151,12 @@ inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 // The host build never contracts a product and a sum.
 inline float mul_rn(float a, float b) { return a * b; }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return chosen;
+}
 
 template <class T>
 T shfl(T value, int source, VOCO_SITE) {

@@ -4,101 +4,28 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <exception>
-#include <mutex>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "bank_conflicts.h"
 #include "fiber.h"
-#include "sanitizers.h"
+#include "machine.h"
 
 namespace voco::host {
 
 uint3 thread_index, block_index;
 dim3 block_size, grid_size;
 
-namespace {
-
-constexpr size_t kMaxShared = 227 * 1024;
-// Between arrays in shared memory, so that AddressSanitizer sees where each ends.
-constexpr size_t kSharedGap = 64;
-// Addresses that stand for barriers lie behind the shared memory.
-constexpr size_t kSharedMapping = 256 * 1024, kBarriers = 4096;
-
-// ---- The block that runs ----
-
-struct Thread;
-
-// A barrier, or a function that a whole warp takes part in.
-struct Meeting {
-  size_t expected = 0;
-  unsigned count = 0;  // of those that are over
-  const char* what = nullptr;
-  Site site = {};
-  std::vector<Thread*> waiting;
-  char* order = nullptr;  // two addresses, used in turn: who is late for one meeting must not learn of the next
-};
-
-struct Warp {
-  Meeting meeting;
-  uint32_t words[2][kWarpSize][kExchangeWords];  // of two meetings in turn
-  SharedAccesses accesses;
-};
-
-struct QueuedCopy {
-  Copy copy;
-  int group;
-};
-
-struct Thread {
-  uint3 index = {};
-  int lane = 0;
-  Warp* warp = nullptr;
-  Fiber* fiber = nullptr;
-  int closed_groups = 0;
-  size_t copies_done = 0;
-  std::vector<QueuedCopy> copies;
-};
-
-struct SharedArray {
-  const void* tag;  // of the declaration; null for the dynamic shared memory, which comes first
-  size_t begin, end;
-};
-
-struct Machine {
-  std::mutex in_use;
-
-  void (*body)(const void*) = nullptr;
-  const void* arguments = nullptr;
-  std::exception_ptr failure;
-
-  Fiber launcher;
-  Fiber* fiber = nullptr;  // that runs
-  std::vector<Fiber*> free_fibers;
-  // Of the launch, where races are looked for: one between blocks is seen while both are known.
-  std::vector<Fiber*> all_fibers;
-
-  Thread* thread = nullptr;  // that runs
-  std::vector<Thread> threads;
-  std::deque<Thread*> ready;
-  size_t ended = 0;
-  Meeting barrier;
-  std::vector<Warp> warps;
-
-  char* shared = nullptr;
-  size_t dynamic_shared = 0;
-  std::vector<SharedArray> arrays;
-
-  uint64_t conflicts = 0;
-};
-
 // Never destroyed: a Python process may end in any order.
 Machine& machine = *new Machine;
+
+namespace {
+
+// Between arrays in shared memory, so that AddressSanitizer sees where each ends.
+constexpr size_t kSharedGap = 64;
+
+// Runs the blocks, and waits while threads run.
+Fiber& launcher = *new Fiber;
 
 // Two addresses for ThreadSanitizer: the memory of all threads of a launch before its beginning, and after its end.
 char launch_begins, launch_ends;
@@ -110,25 +37,31 @@ std::string text(const Index& index) {
   return out.str();
 }
 
+}  // namespace
+
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-[[noreturn]] void fail_in_thread(const std::string& message, Site site) {
+void fail_in_thread(const std::string& message, Site site) {
   throw std::runtime_error(text(site) + ": " + message + " (block " + text(block_index) + ", thread " +
                            text(thread_index) + ")");
 }
+
+void describe(std::ostream& out, const Meeting& meeting) {
+  if (meeting.waiting.empty()) return;
+  out << "; " << meeting.waiting.size() << " of " << meeting.expected << " wait in " << meeting.what << " at "
+      << text(meeting.site) << ", the first is thread " << text(meeting.waiting.front()->index);
+}
+
+namespace {
 
 // Where everyone waits when no thread of the block can run.
 std::string deadlock() {
   std::ostringstream out;
   out << "deadlock in block " << text(block_index) << ": " << machine.ended << " of " << machine.threads.size()
       << " threads have ended";
-  const auto add = [&](const Meeting& meeting) {
-    if (meeting.waiting.empty()) return;
-    out << "; " << meeting.waiting.size() << " of " << meeting.expected << " wait in " << meeting.what << " at "
-        << text(meeting.site) << ", the first is thread " << text(meeting.waiting.front()->index);
-  };
-  add(machine.barrier);
-  for (const Warp& warp : machine.warps) add(warp.meeting);
+  describe(out, machine.barrier);
+  for (const Warp& warp : machine.warps) describe(out, warp.meeting);
+  describe_hopper(out);
   return out.str();
 }
 
@@ -146,9 +79,15 @@ Fiber* free_fiber() {
   return fiber;
 }
 
+bool some_thread_is_ready() {
+  while (machine.ready.empty() && advance_on_hopper()) {
+  }
+  return !machine.ready.empty();
+}
+
 // Leaves the running fiber for the next ready thread, or for the launcher when there is none.
 void run_next() {
-  if (machine.failure || machine.ready.empty()) return switch_to(&machine.launcher);
+  if (machine.failure || !some_thread_is_ready()) return switch_to(&launcher);
   Thread* const next = machine.ready.front();
   machine.ready.pop_front();
   if (!next->fiber) next->fiber = free_fiber();
@@ -161,6 +100,7 @@ void run_thread() {
   acquire(&launch_begins);
   try {
     machine.body(machine.arguments);
+    end_thread_on_hopper();
   } catch (...) {
     machine.failure = std::current_exception();
   }
@@ -178,7 +118,18 @@ void fiber_main() {
   }
 }
 
-// Waits until all have come to the meeting.
+}  // namespace
+
+void wait_to_be_ready(Site site) {
+  if (!some_thread_is_ready()) fail_in_thread(deadlock(), site);
+  run_next();
+}
+
+char* new_order() {
+  if (machine.next_order == kOrders) machine.next_order = machine.kept_orders;
+  return machine.shared + kSharedMapping + std::exchange(machine.next_order, machine.next_order + 8);
+}
+
 void meet(Meeting& meeting, const char* what, Site site, bool orders_memory) {
   if (meeting.waiting.empty()) {
     meeting.what = what;
@@ -188,12 +139,11 @@ void meet(Meeting& meeting, const char* what, Site site, bool orders_memory) {
                        " waits in " + meeting.what + " at " + text(meeting.site),
                    site);
   }
-  char* const order = meeting.order + 8 * (meeting.count % 2);
+  char* const order = meeting.order[meeting.count % 2];
   if (orders_memory) release(order);
   if (meeting.waiting.size() + 1 < meeting.expected) {
     meeting.waiting.push_back(machine.thread);
-    if (machine.ready.empty()) fail_in_thread(deadlock(), site);
-    run_next();
+    wait_to_be_ready(site);
   } else {
     ++meeting.count;
     machine.ready.insert(machine.ready.end(), meeting.waiting.begin(), meeting.waiting.end());
@@ -201,6 +151,8 @@ void meet(Meeting& meeting, const char* what, Site site, bool orders_memory) {
   }
   if (orders_memory) acquire(order);
 }
+
+namespace {
 
 // ---- Shared memory ----
 
@@ -213,8 +165,8 @@ void make_array(const void* tag, size_t begin, size_t bytes) {
 
 void renew_shared() {
   // ThreadSanitizer forgets what it knows of memory that is given back.
-  if (kDetectsRaces && machine.shared) munmap(std::exchange(machine.shared, nullptr), kSharedMapping + kBarriers);
-  if (!machine.shared) machine.shared = map_memory(kSharedMapping + kBarriers);
+  if (kDetectsRaces && machine.shared) munmap(std::exchange(machine.shared, nullptr), kSharedMapping + kOrders);
+  if (!machine.shared) machine.shared = map_memory(kSharedMapping + kOrders);
   machine.arrays.clear();
   close_memory(machine.shared, kSharedMapping);
   make_array(nullptr, 0, machine.dynamic_shared);
@@ -231,35 +183,47 @@ Fiber* own_fiber() {
   return fiber;
 }
 
+Meeting new_meeting(size_t threads) {
+  Meeting meeting;
+  meeting.expected = threads;
+  for (char*& order : meeting.order) order = new_order();
+  return meeting;
+}
+
 void prepare_block() {
   renew_shared();
-  char* order = machine.shared + kSharedMapping;
-  machine.barrier = {};
-  machine.barrier.expected = machine.threads.size();
-  machine.barrier.order = order;
+  ++machine.block;
+  machine.kept_orders = machine.next_order = 0;
+  machine.barrier = new_meeting(machine.threads.size());
   for (Warp& warp : machine.warps) {
-    warp.meeting = {};
-    warp.meeting.expected = kWarpSize;
-    warp.meeting.order = order += 16;
+    warp.meeting = new_meeting(kWarpSize);
     warp.accesses = {};
   }
+  machine.kept_orders = machine.next_order;
+  begin_block_on_hopper();
   machine.ended = 0;
   for (Thread& thread : machine.threads) {
     thread.fiber = kDetectsRaces ? own_fiber() : nullptr;
     thread.closed_groups = 0;
     thread.copies_done = 0;
     thread.copies.clear();
+    thread.waited_groups = thread.fenced_groups = thread.fences = 0;
     machine.ready.push_back(&thread);
   }
   release(&launch_begins);
 }
 
-// Of each thread, also of one that never ended: what it did comes before what the launcher does after the launch.
+// What was done under the identity comes before what the launcher does after the launch.
+void release_to_launcher(void* identity) {
+  take_identity(identity);
+  release(&launch_ends);
+  take_identity(launcher.identity);
+}
+
+// Of each thread, also of one that never ended.
 void end_own_fibers() {
   for (const Thread& thread : machine.threads) {
-    take_identity(thread.fiber->identity);
-    release(&launch_ends);
-    take_identity(machine.launcher.identity);
+    release_to_launcher(thread.fiber->identity);
     thread.fiber->unmap();
   }
 }
@@ -280,6 +244,7 @@ void run_block() {
   if (!machine.failure && machine.ended < machine.threads.size()) {
     machine.failure = std::make_exception_ptr(std::runtime_error(deadlock()));
   }
+  if (!machine.failure) end_block_on_hopper();
   machine.ready.clear();
   if (kDetectsRaces) {
     end_own_fibers();
@@ -308,6 +273,7 @@ void prepare_threads() {
   for (size_t i = 0; i < machine.threads.size(); ++i) {
     const auto x = static_cast<unsigned>(i % block_size.x), rest = static_cast<unsigned>(i / block_size.x);
     machine.threads[i].index = {x, rest % block_size.y, rest / block_size.y};
+    machine.threads[i].number = static_cast<int>(i);
     machine.threads[i].lane = static_cast<int>(i % kWarpSize);
     machine.threads[i].warp = &machine.warps[i / kWarpSize];
   }
@@ -349,16 +315,19 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), 
   machine.dynamic_shared = shared_bytes;
   machine.arrays.clear();
   machine.failure = nullptr;
-  machine.fiber = &machine.launcher;
-  machine.launcher.identity = identity();
+  machine.fiber = &launcher;
+  launcher.identity = identity();
   prepare_threads();
   run_grid();
+  for (void* agent : machine.agents) release_to_launcher(agent);
   acquire(&launch_ends);
   for (Fiber* fiber : machine.all_fibers) {
     end_identity(fiber->identity);
     delete fiber;
   }
   machine.all_fibers.clear();
+  for (void* agent : machine.agents) end_identity(agent);
+  machine.agents.clear();
   if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
 }
 
@@ -442,7 +411,12 @@ void* shared_16_bytes(const char* what, uint32_t address, Site site) {
     return array.begin <= address && address + size_t{16} <= array.end;
   });
   if (!inside) reject("outside every array");
-  machine.thread->warp->accesses.note(what, site, machine.thread->lane, address);
+  Thread& thread = *machine.thread;
+  thread.warp->accesses.note(what, site, thread.lane, address);
+  const bool copied = same(what, "cp.async");
+  if (copied || same(what, "store16")) {
+    machine.written[address / 16] = {machine.block, thread.number, copied ? thread.closed_groups : -1, thread.fences, site};
+  }
   return machine.shared + address;
 }
 
@@ -458,6 +432,7 @@ void commit_copies() { ++machine.thread->closed_groups; }
 
 bool take_copy(int in_flight, Copy* copy) {
   Thread& thread = *machine.thread;
+  thread.waited_groups = std::max(thread.waited_groups, thread.closed_groups - std::max(in_flight, 0));
   if (thread.copies_done == thread.copies.size()) return false;
   const QueuedCopy& next = thread.copies[thread.copies_done];
   if (next.group >= thread.closed_groups - in_flight) return false;

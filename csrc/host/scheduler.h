@@ -1,7 +1,8 @@
 // Runs the threads of a CUDA kernel as fibers of one CPU thread, blocks in turn. Tests only.
 //
-// emulation.h builds the wrappers of voco/ops.cuh on these functions. A kernel's file may be compiled with a sanitizer;
-// scheduler.cpp never is, since it changes stacks, and VOCO_ASAN or VOCO_TSAN make it tell the sanitizer.
+// emulation.h builds the wrappers of voco/ops.cuh on these functions, hopper.h adds those of voco/hopper.cuh. A kernel's file
+// may be compiled with a sanitizer; scheduler.cpp and what adds to it (machine.h) never are, since they change stacks and act
+// for others, and VOCO_ASAN or VOCO_TSAN make them tell the sanitizer.
 #pragma once
 
 #include <vector_types.h>
@@ -63,7 +64,8 @@ bool take_copy(int in_flight, Copy* copy);
 bool take_any_copy(Copy* copy);
 
 // For tests.
-// Copies happen at their wait (lazy, the default) or at once (eager); the environment variable VOCO_COPIES sets the first.
+// Copies and products of wgmma happen at their wait (lazy, the default) or at once (eager); the environment variable
+// VOCO_COPIES sets the first.
 void set_lazy_copies(bool lazy);
 // Extra cycles of ldmatrix and of 16-byte accesses to shared memory through the wrappers, over all launches since reset.
 uint64_t bank_conflicts();
