@@ -34,7 +34,7 @@ def test_what_is_not_given_has_a_default(tmp_path):
     assert (config.objective.kind, config.lora, config.liger, config.trainer) == ("sft", None, "auto", {})
 
 
-@pytest.mark.parametrize("text", ["2e-5", "2E-5", "2.0e-5", "0.00002", "+2e-5", "2.e-05"])
+@pytest.mark.parametrize("text", ["2e-5", "2E-5", "2.0e-5", "0.00002", "+2e-5", "2.e-05", "0.0000000002e5"])
 def test_numbers_are_numbers_whichever_way_they_are_written(tmp_path, text):
     config = load(tmp_path, f"{MINIMAL}trainer:\n  learning_rate: {text}\nobjective:\n  temperature: {text}\n")
     assert config.trainer["learning_rate"] == config.objective.temperature == 2e-5
@@ -83,6 +83,10 @@ def test_a_single_value_is_a_list_of_one(tmp_path):
     config = load(tmp_path, f"{MINIMAL}num_voco_tokens: 4\ndata:\n  conversations: a.json\n")
     assert config.num_voco_tokens == (4,)
     assert config.data.conversations == (tmp_path / "a.json",)
+
+
+def test_the_same_number_twice_is_one_number(tmp_path):
+    assert load(tmp_path, f"{MINIMAL}num_voco_tokens: [2, 2]\nsystem: avg_pool\n").num_voco_tokens == (2, 2)
 
 
 def test_paths_are_relative_to_the_file_and_what_is_no_folder_there_is_a_name_on_the_hub(tmp_path):
@@ -151,18 +155,22 @@ def test_settings_written_down_are_the_same_settings(tmp_path_factory, data):
         ("num_voco_tokens: []", r"num_voco_tokens must be numbers of at least 1, but was \[\]"),
         ("liger: perhaps", "liger must be true or false or 'auto', but was 'perhaps'"),
         ("lora: {r: 0}", "lora.r and lora.alpha must be at least 1"),
+        ("lora: {alpha: 0}", "lora.r and lora.alpha must be at least 1"),
         ("lora: {dropout: 1.0}", "lora.dropout from 0 to below 1"),
+        ("lora: {dropout: -0.1}", "lora.dropout from 0 to below 1"),
         ("lora: {}\nstage: align", "lora must be absent in stage 'align'"),
         ("system: vocoo", "system must be one of voco, upper_bound"),
         ("system: lower_bound", "it uses the weights of upper_bound"),
         ("system: avg_pool\nnum_voco_tokens: [1, 2]", r"num_voco_tokens must be one number for system 'avg_pool'"),
         ("objective: {kind: distil}", "objective.kind must be 'sft' or 'distill' or 'mixed', but was 'distil'"),
         ("objective: {kind: mixed, weight: 1}", "objective.weight must be between 0 and 1"),
+        ("objective: {kind: mixed, weight: 0}", "objective.weight must be between 0 and 1"),
         ("objective: {kind: distill, temperature: 0}", "objective.temperature above 0"),
         ("objective: {kind: distill}\nstage: align", "objective.kind must be 'sft' for system 'voco' in stage 'align'"),
         ("objective: {kind: distill}\nsystem: upper_bound", "objective.kind must be 'sft' for system 'upper_bound'"),
         ("trainer: {learning_rat: 1}", "trainer.learning_rat is no argument .* did you mean learning_rate?"),
         ("trainer: {learning_rate: fast}", "trainer.learning_rate must be a number, but was 'fast'"),
+        ("trainer: {learning_rate: true}", "trainer.learning_rate must be a number, but was True"),
         ("trainer: {max_steps: 1.5}", "trainer.max_steps must be a whole number, but was 1.5"),
         ("trainer: {bf16: 'yes'}", "trainer.bf16 must be true or false, but was 'yes'"),
         ("trainer: {output_dir: x}", r"trainer.output_dir must be absent \(the folder is `out`\), but was 'x'"),
@@ -210,6 +218,18 @@ def test_the_run_decides_what_is_not_set(tmp_path):
     assert (arguments.logging_steps, arguments.save_total_limit, arguments.report_to) == (10, 2, ["tensorboard"])
     arguments = arguments_of(load(tmp_path, f"{MINIMAL}trainer: {{logging_steps: 3, report_to: none}}"))
     assert (arguments.logging_steps, arguments.report_to) == (3, [])
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """Trainer would split packed batches among them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process must use one GPU, but this one sees 2: start it with `accelerate"):
+        arguments_of(load(tmp_path, MINIMAL))
+
+
+def test_the_kind_of_gradient_checkpointing_may_be_set(tmp_path):
+    text = f"{MINIMAL}trainer: {{gradient_checkpointing: true, gradient_checkpointing_kwargs: {{use_reentrant: true}}}}"
+    assert arguments_of(load(tmp_path, text)).gradient_checkpointing_kwargs == {"use_reentrant": True}
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------------------

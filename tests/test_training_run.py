@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
@@ -174,6 +175,7 @@ def test_the_log_has_a_line_for_each_step(whole, base):
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     assert curves.losses_of(log) == result.losses
     assert {"learning_rate", "grad_norm", "epoch", "tokens_per_second", "images_per_second"} <= log[0].keys()
+    assert "sft" not in log[0]  # which is all of the loss
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((config.out / "runs").rglob("events.out.tfevents.*"))
 
@@ -228,16 +230,42 @@ def test_data_and_order_are_told_the_epoch(state, epoch):
     assert data == order == [epoch]
 
 
-def test_records_are_taken_in_the_order_of_the_data_seed(base, tmp_path):
+@pytest.mark.parametrize(("data_seed", "expected"), [(7, 7), (None, 3)])
+def test_records_are_taken_in_the_order_of_the_data_seed(base, tmp_path, monkeypatch, data_seed, expected):
     class Asked(list):
         def __getitem__(self, index):
             asked.append(index)
             return super().__getitem__(index)
 
-    asked = []
-    all_at_once = {"max_steps": 1, "per_device_train_batch_size": 5, "seed": 3, "data_seed": 7}
+    asked, told = [], []
+    monkeypatch.setattr(ConversationDataset, "set_epoch", lambda self, _: told.append(self))
+    all_at_once = {"max_steps": 1, "per_device_train_batch_size": 5, "seed": 3, "data_seed": data_seed}
     train(configured(base, tmp_path / "out", all_at_once), Asked(records()))
-    assert asked == torch.randperm(RECORDS, generator=torch.Generator().manual_seed(7)).tolist()
+    assert asked == torch.randperm(RECORDS, generator=torch.Generator().manual_seed(expected)).tolist()
+    assert {data.seed for data in told} == {3}  # of which VoCo counts are drawn
+
+
+@pytest.mark.parametrize(("processes", "drops", "length"), [(1, False, 10), (2, False, 16), (2, True, 10)])
+def test_several_processes_fill_an_epoch_whose_end_is_not_dropped(processes, drops, length):
+    arguments = SimpleNamespace(world_size=processes, dataloader_drop_last=drops, seed=0, data_seed=None)
+    trainer = SimpleNamespace(
+        args=arguments,
+        _train_batch_size=4,
+        train_dataset=list(range(10)),
+        model=SimpleNamespace(config=models.voco_config()),
+        _get_dataloader=lambda sampler_fn, **_: sampler_fn(None),
+    )
+    assert len(VocoTrainer.get_train_dataloader(trainer)) == length
+
+
+def test_each_token_of_a_step_weighs_the_same(base, tmp_path):
+    """However its samples are shared out among batches."""
+    given = [{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "ab" * n}]} for n in (1, 20)]
+    losses = []
+    for batch in (1, 2):
+        sizes = {"max_steps": 1, "per_device_train_batch_size": batch, "gradient_accumulation_steps": 2 // batch}
+        losses.append(train(configured(base, tmp_path / str(batch), sizes), given).losses[0][1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_says_what_it_skipped_and_cut(base, tmp_path):
@@ -247,6 +275,26 @@ def test_a_run_says_what_it_skipped_and_cut(base, tmp_path):
     train(config, [*records(4), long, {"conversations": []}, long])
     facts = json.loads((config.out / "run.json").read_text())
     assert facts["data"] == {"records": 7, "skipped": 1, "truncated": 2} and facts["records"] == 7
+
+
+def test_counts_are_those_of_all_processes(base, tmp_path, monkeypatch):
+    """Of another one, too, which has cut and skipped every record, and for which 3 more of everything stand in here."""
+    seen, original = [], VocoTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        seen.append(inputs["labels"])
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(VocoTrainer, "training_step", training_step)
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, x, reduction="sum": {"sum": x + 3}[reduction])
+    config = configured(base, tmp_path / "out", {"max_steps": 1, "gradient_accumulation_steps": 1})
+    train(config, records(2))
+    data = json.loads((config.out / "run.json").read_text())["data"]
+    assert data == {"records": 2, "skipped": 2, "truncated": 2}
+    labelled = sum(int((labels != -100).sum()) for labels in seen)
+    share = (labelled + 3) / (sum(labels.numel() for labels in seen) + 3)
+    first = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
+    assert first["labelled_share"] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_sample_may_exceed_the_context_where_images_share_positions(base, tmp_path):
@@ -295,6 +343,15 @@ def test_smoothing_takes_as_much_from_either_side():
     # So a loss that falls evenly is not lifted, and of few values nothing is made.
     assert curves.smoothed([float(-x) for x in range(300)]) == pytest.approx([-x for x in range(300)])
     assert curves.smoothed([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+
+
+def test_the_first_process_writes_log_and_curve_and_draws_at_the_end_without_checkpoints(tmp_path):
+    files, arguments = curves.LogFiles(tmp_path), SimpleNamespace()
+    for first in (False, True):
+        state = SimpleNamespace(is_world_process_zero=first, log_history=[{"step": 1, "loss": 2.0}])
+        for event in ("train_begin", "log", "train_end"):
+            getattr(files, f"on_{event}")(arguments, state, None)
+        assert {file.name for file in tmp_path.iterdir()} == ({"log.jsonl", "loss.png"} if first else set())
 
 
 # ---- going on ----------------------------------------------------------------------------------------------------------
@@ -630,9 +687,13 @@ def after_four(config: TrainingConfig, folder: Path, monkeypatch) -> dict[str, t
 def test_bfloat16_computes_and_saves_in_bfloat16_and_trains_in_float32(base, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(VocoTrainer, "create_optimizer", noting_dtypes(seen, VocoTrainer.create_optimizer))
-    result = train(configured(base, tmp_path / "out", {"max_steps": 1, "bf16": True}), records())
+    result = train(configured(base, tmp_path / "out", {"max_steps": 1, "bf16": True, "learning_rate": 0.0}), records())
     assert set(seen) == {torch.float32}
-    assert {x.dtype for x in weights(result.model).values()} == {torch.bfloat16}
+    # Where nothing is learnt, a checkpoint has the weights as they were, most of which bfloat16 cannot hold.
+    before = weights(base)
+    assert_same(weights(tmp_path / "out" / "checkpoint-1"), before)
+    assert_same(weights(result.model), {name: x.bfloat16() for name, x in before.items()})
+    assert sum((x.bfloat16() != x).sum() for x in before.values()) > 0.9 * sum(x.numel() for x in before.values())
     assert AutoModelForImageTextToText.from_pretrained(result.model, dtype="auto").dtype == torch.bfloat16
 
 
@@ -644,25 +705,74 @@ def noting_dtypes(seen: list, original):
     return call
 
 
-def test_a_llama_that_stays_frozen_is_held_in_bfloat16(base, tmp_path):
-    config = configured(base, tmp_path / "out", {"bf16": True}, stage="align")
-    model, _ = training_models.load(config, arguments_of(config))
-    dtypes = {x.requires_grad: set() for x in model.parameters()}
-    for x in model.parameters():
-        dtypes[x.requires_grad].add(x.dtype)
-    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+@pytest.mark.parametrize("options", [{"stage": "align"}, {"lora": LoraConfig(r=4)}], ids=["align", "lora"])
+def test_a_llama_that_stays_frozen_is_held_in_bfloat16(base, tmp_path, options):
+    config = configured(base, tmp_path / "out", {"bf16": True}, **options)
+    arguments = arguments_of(config)
+    model, _ = training_models.load(config, arguments)
+    trained = run._trained(model, config, arguments)
+    assert {x.dtype for x in trained.parameters() if x.requires_grad} == {torch.float32}
+    llama = [x for name, x in trained.named_parameters() if "_proj.weight" in name or "_proj.base_layer" in name]
+    assert {(x.dtype, x.requires_grad) for x in llama} == {(torch.bfloat16, False)}
 
 
-def test_distillation_from_a_frozen_teacher_is_logged_in_its_parts(base, tmp_path):
+def test_a_teacher_is_held_in_bfloat16(base, tmp_path):
+    config = configured(base, tmp_path, {"bf16": True}, objective=ObjectiveConfig(kind="distill", teacher=str(base)))
+    arguments = arguments_of(config)
+    teacher = run._trained(training_models.load(config, arguments)[0], config, arguments).objective.teacher
+    assert {x.dtype for x in teacher.parameters()} == {torch.bfloat16}
+
+
+def test_the_dtype_of_the_computation():
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("", torch.float32)):
+        arguments = SimpleNamespace(bf16=kind == "bf16", fp16=kind == "fp16")
+        assert training_models.computed_dtype(arguments) == dtype
+
+
+def test_a_frozen_llama_goes_on_beside_a_projector_in_float32(base, tmp_path, monkeypatch):
+    """A checkpoint has a dtype, which is that of the LLaMA."""
+    results = []
+    short = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1, "bf16": True}
+    for name, step in (("whole", None), ("stopped", 1)):
+        config = configured(base, tmp_path / name, short, stage="align")
+        if step:
+            stopped_at(monkeypatch, config, step)
+        results.append(train(config, records()))
+    assert results[0].losses == results[1].losses
+    assert_same(*(weights(result.model.parent / "checkpoint-2") for result in results))
+
+
+def test_distillation_from_a_frozen_teacher_is_logged_in_its_parts(base, tmp_path, monkeypatch):
     objective = ObjectiveConfig(kind="mixed", teacher=str(base), weight=0.25)
     four = {"max_steps": 4, "logging_steps": 2}  # the log is a mean of steps, a step a sum of batches
     config = configured(base, tmp_path / "out", four, objective=objective, num_voco_tokens=(2,))
+    stopped_at(monkeypatch, config, 3)
     result = train(config, records())
     for step, line in zip((2, 4), (config.out / "log.jsonl").read_text().splitlines()):
         entry = json.loads(line)
         assert entry["step"] == step and entry["kl"] > 0.1
         assert entry["loss"] == pytest.approx(0.75 * entry["sft"] + 0.25 * entry["kl"], rel=1e-5)
     assert not [name for name in weights(result.model) if "teacher" in name]
+
+
+def test_a_teacher_has_weights_of_its_own(base, tmp_path):
+    torch.manual_seed(1)
+    teacher = models.voco_llava()
+    teacher.save_pretrained(tmp_path / "teacher")
+    objective = ObjectiveConfig(kind="distill", teacher=str(tmp_path / "teacher"))
+    one = {"max_steps": 1, "gradient_accumulation_steps": 1}
+    config = configured(base, tmp_path / "out", one, objective=objective)
+    question, answer = "what", "a thing"  # of text alone, so that both get the same tokens
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    result = train(config, [{"conversations": turns}])
+    proc = models.processor()
+    tokens = proc(None, proc.conversation((question, answer), 0))["input_ids"]
+    student = VocoLlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+    rows = slice(-len(f" {answer}") - 2, -1)
+    with torch.no_grad():
+        found, aim = (model(tokens).logits[0, rows].log_softmax(-1) for model in (student, teacher))
+    expected = (aim.exp() * (aim - found)).sum(-1).mean()
+    assert result.losses[0][1] == pytest.approx(float(expected), rel=1e-3) and expected > 0.1
 
 
 def test_the_upper_bound_is_trained_without_the_mask(base, tmp_path):
@@ -682,6 +792,18 @@ def test_liger_needs_a_gpu(base, tmp_path):
     with pytest.raises(ValueError, match="liger must be false or auto where there is no GPU, but was true"):
         train(configured(base, tmp_path / "out", liger=True), records())
     assert not (tmp_path / "out").exists()
+
+
+def test_liger_is_used_where_there_is_a_gpu_and_the_package(tmp_path, monkeypatch):
+    def used(liger, device: str, installed: bool) -> bool:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed and name == "liger_kernel" else None)
+        config = TrainingConfig("model", tmp_path, liger=liger)
+        return run._uses_liger(config, SimpleNamespace(device=torch.device(device)))
+
+    assert used("auto", "cuda", True)
+    assert not used("auto", "cuda", False) and not used("auto", "cpu", True)
+    # Where it is asked for and missing, the objective says so.
+    assert used(True, "cuda", False) and not used(False, "cuda", True)
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------------------
@@ -741,6 +863,29 @@ def test_what_lora_begins_with_is_drawn_from_the_seed(base, tmp_path):
     assert_same(*found)
 
 
+def test_lora_has_the_rank_scale_and_dropout_of_its_settings():
+    """Low-rank updates are scaled with alpha / r (Hu et al., arXiv 2106.09685, section 4.1)."""
+    model = training_models.with_lora(models.voco_llava(), LoraConfig(r=3, alpha=12, dropout=0.25))
+    layer = model.get_submodule("base_model.model.model.language_model.layers.1.mlp.down_proj")
+    down, up = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B"))
+    assert down.shape == (3, 96) and up.shape == (64, 3)
+    torch.nn.init.normal_(up)
+    x = torch.randn(5, 96)
+    torch.manual_seed(0)
+    found = layer.train()(x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.25)
+    torch.testing.assert_close(found, x @ layer.base_layer.weight.T + 4 * dropped @ down.T @ up.T)
+
+
+def test_lora_is_refused_under_fsdp(base, tmp_path, monkeypatch):
+    # As accelerate would have it on several GPUs.
+    monkeypatch.setattr(run.distributed, "check", lambda trainer: setattr(trainer, "is_fsdp_enabled", True))
+    with pytest.raises(ValueError, match="lora must be absent under FSDP"):
+        train(configured(base, tmp_path / "out", lora=LORA), records())
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
 def test_lora_without_peft_says_what_to_install(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r'pip install "voco-kernels\[train\]"'):
@@ -790,10 +935,31 @@ def test_every_token_needs_a_row():
 
 
 def test_more_voco_tokens_than_before_are_said(base, tmp_path, caplog):
-    config = configured(base, tmp_path, num_voco_tokens=(16, 1))
+    for counts, largest in (((2, 8, 1), 8), ((2, 16, 1), 16)):
+        config = configured(base, tmp_path, num_voco_tokens=counts)
+        model, processor = training_models.load(config, arguments_of(config))
+        said = "at most 8 VoCo tokens per image; from now on it is trained for 16" in caplog.text
+        assert said == bool(caplog.text) == (largest > 8)
+        for part in (model.config, processor):
+            assert (part.num_voco_tokens, part.max_voco_tokens) == (2, largest)
+
+
+def test_a_system_without_voco_tokens_leaves_their_number_alone(base, tmp_path, caplog):
+    config = configured(base, tmp_path, system="avg_pool", num_voco_tokens=(9,))
     model, processor = training_models.load(config, arguments_of(config))
-    assert "at most 8 VoCo tokens per image; from now on it is trained for 16" in caplog.text
-    assert (model.config.num_voco_tokens, model.config.max_voco_tokens, processor.max_voco_tokens) == (16, 16, 16)
+    for part in (model.config, processor):
+        assert (part.num_voco_tokens, part.max_voco_tokens) == (0, 8)
+    assert model.config.num_compressed_tokens == 9 and not caplog.text
+
+
+def test_positions_are_those_of_the_checkpoint_where_none_are_asked_for(tmp_path):
+    for positions, other in (("compact", "continuous"), ("continuous", "compact")):
+        model = models.voco_llava(positions=positions)
+        for part in (model, model.processor):
+            part.save_pretrained(tmp_path / positions)
+        for asked, expected in ((None, positions), (other, other)):
+            config = configured(tmp_path / positions, tmp_path / "out", positions=asked)
+            assert training_models.load(config, arguments_of(config))[0].config.positions == expected
 
 
 def test_nothing_is_written_before_settings_and_data_are_known_to_be_right(base, tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from training_worker import configured, loaded, run
+from transformers.integrations import deepspeed as integration
 from voco_llama import VocoLlavaForConditionalGeneration
 from voco_llama.training import distributed
 from voco_llama.training.launch import LAUNCH
@@ -97,6 +98,11 @@ def assert_agree(found: list[dict], expected: dict, one: Path, other: Path) -> N
     VocoLlavaForConditionalGeneration.from_pretrained(one / "model")
 
 
+def parts_of_the_loss(out: Path) -> list[dict]:
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{part: entry[part] for part in ("sft", "kl") if part in entry} for entry in log]
+
+
 # ---- DDP and ZeRO-3 ------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -125,6 +131,8 @@ def test_two_processes_train_as_one_does(base, tmp_path, kind):
         one = tmp_path / f"{name}-alone"
         expected = alone(base, one, **variant(name, base, {}))
         assert_agree([process[i] for process in found], expected, tmp_path / name, one)
+        for entry, wanted in zip(parts_of_the_loss(tmp_path / name), parts_of_the_loss(one), strict=True):
+            assert entry == pytest.approx(wanted, rel=1e-4), name
 
 
 @pytest.mark.full
@@ -206,7 +214,34 @@ def test_every_record_is_used_once_in_an_epoch(size, batch, ranks, epoch):
     assert sorted(found[:size]) == list(range(size)) and set(found[size:]) <= {size}
     one = distributed.Order(size, 1, seed=7)
     one.set_epoch(epoch)
-    assert list(one) == found[:size]
+    # Drawn anew in each epoch, and the same in every run and version: a run that goes on depends on it.
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
+    assert list(one) == found[:size] == drawn
+
+
+@pytest.mark.parametrize("taken", [(3, 4), (0, 1), (1, 0), (0, 2), (2, 1), (0, 5)])
+def test_what_fills_an_epoch_is_text_without_labels(taken):
+    image, voco = taken
+    filled = distributed.Filled(["record"], models.voco_config(image_token_id=image, voco_token_id=voco))
+    assert len(filled) == 1 and filled[0] == "record"
+    assert filled[1]["labels"].tolist() == [-100] and filled[1]["input_ids"].shape == (1,)
+    assert filled[1]["input_ids"].item() not in taken
+
+
+def test_teachers_are_whole_and_what_follows_is_split_again():
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    asked = Zero3()
+    integration.set_hf_deepspeed_config(asked)
+    try:
+        with pytest.raises(OSError), distributed.whole_weights():
+            assert not integration.is_deepspeed_zero3_enabled()
+            raise OSError
+        assert integration.is_deepspeed_zero3_enabled()
+    finally:
+        integration.unset_hf_deepspeed_config()
 
 
 def test_two_processes_share_the_records(base, tmp_path):
