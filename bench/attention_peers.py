@@ -20,7 +20,7 @@ from bench.attention_masks import PaddedMask, block_masks
 from bench.attention_problem import BATCHED, PACKED, ROWS, Form, Problem, unplanned
 from bench.attention_split import split, varlen_implementations
 from voco_kernels import voco_attention
-from voco_kernels.backends import resolved
+from voco_kernels.backends import ATTENTION, load_module, resolved
 
 # Families: a row is called like its family, and may say in brackets which one of several it is.
 OURS, SPLIT, FLEX, FLEX_BUILT, FLEX_MASK, DENSE, DENSE_BUILT, DENSE_MASK, CAUSAL = (
@@ -109,15 +109,23 @@ def our_name(backend: str) -> str:
 
 
 def _ours(problem: Problem, add, backward: bool) -> Iterator[Candidate]:
-    """The backend that is looked at, with its plan kept and made anew, then the portable one if it is another."""
+    """The backend that is looked at, with its plan kept and made anew, then the others of ours."""
     first, layout = resolved(problem.backend, problem.packed[0]), problem.layout
     add = partial(add, role=measure.OURS)
     yield add(our_name(first), lambda q, k, v: voco_attention(q, k, v, layout, backend=first))
     yield add(
         f"{our_name(first)}, plan built", lambda q, k, v: voco_attention(q, k, v, unplanned(layout), backend=first)
     )
-    if first != "torch":
-        yield add(our_name("torch"), lambda q, k, v: voco_attention(q, k, v, layout, backend="torch"))
+    for name in ("triton", "cuda", "torch") if problem.device.type == "cuda" else ("torch",):
+        if name != first:
+            attention = partial(voco_attention, layout=layout, backend=name)
+            yield add(our_name(name), attention, absent=_absent_backend(name, problem.packed[0]))
+
+
+def _absent_backend(name: str, q: torch.Tensor) -> str | None:
+    """Why one of our backends cannot be timed; None where it can."""
+    module = load_module(ATTENTION, name)
+    return module.unavailable_reason() or module.unsupported_reason(q)
 
 
 # ---- the varlen split --------------------------------------------------------------------------------------------------

@@ -22,9 +22,11 @@ from voco_llama.bench.results import Results, describe_machine, file_name
 
 from bench import attention_peers, gpu_checks, gpu_kv, verified
 from bench.attention_problem import Problem, unplanned
+from bench.decode_problem import Problem as DecodeProblem
+from bench.decode_problem import able
 from bench.gpu_table import BOTH, FORWARD, INJECTION, PLAN, PLAN_CPU, PLAN_DEVICE, table_lines
 from bench.kv_problem import Problem as KVProblem
-from bench.shapes import GPU, GPU_KV, KV, AttentionShape, KVShape
+from bench.shapes import DECODE, GPU, GPU_KV, KV, AttentionShape, KVShape
 
 # Seconds that stay for timing however long tests and sanitizers take, and what compiling FlexAttention for a shape may need.
 TIMING_RESERVE, FLEX_RESERVE = 200, 60
@@ -125,7 +127,8 @@ class GpuCheck:
         with tempfile.TemporaryDirectory() as reports, ThreadPoolExecutor(workers) as pool:
             began = monotonic()
             files = gpu_checks.start_gpu_tests(pool, settings.tests, Path(reports), until)
-            arguments = (settings.device.type, settings.backend, settings.kv_backends, until)
+            watched = (settings.backend, *(("cuda",) if "cuda" in settings.kv_backends else ()))
+            arguments = (settings.device.type, watched, settings.kv_backends, until)
             tools = {tool: pool.submit(gpu_checks.run_sanitizer, tool, *arguments) for tool in settings.sanitizers}
             for name, shape in settings.shapes.items():
                 self.step(f"check {name}", lambda shape=shape: self.check(shape))
@@ -133,6 +136,8 @@ class GpuCheck:
                 self.step(f"check backend {backend}", lambda backend=backend: self.check_backend(backend))
             for backend in (*settings.kv_backends, "torch"):
                 self.step(f"check K/V path {backend}", lambda backend=backend: self.check_kv(backend))
+            for backend in able(settings.device):
+                self.step(f"check decoding {backend}", lambda backend=backend: self.check_decoding(backend))
             self.found["tests"] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
             for name, future in files.items():
                 self.step(f"tests/{name}", lambda future=future: self.count_tests(future), since=began)
@@ -177,6 +182,16 @@ class GpuCheck:
         self.proved.add(f"{backend} K/V path")
         return f"{len(checked)} shapes keep to the error rule"
 
+    def check_decoding(self, backend: str) -> str:
+        """Every kind of shared prefix against the reference; then the kernels count as verified."""
+        settings, stored = self.settings, (self.settings.dtype, torch.int8, torch.float8_e4m3fn)
+        for shape in DECODE.values():
+            for kind in stored:
+                problem = DecodeProblem(shape, settings.device, settings.dtype, kind)
+                problem.check(problem.shared(backend))
+        self.proved.add(f"{backend} decoding")
+        return f"{len(DECODE) * len(stored)} problems keep to the error rule"
+
     def count_tests(self, future: Future) -> str:
         """Add a file's tests to the counts; fail where one of them failed."""
         tests: gpu_checks.Tests = future.result()
@@ -209,6 +224,8 @@ class GpuCheck:
         errors |= {name: entry for name, entry in found["backends"].items() if isinstance(entry, dict)}
         self.proved |= {group for group in verified.GROUPS if group in errors}
         self.proved |= set(verified.TRITON_GROUPS) if settings.backend == "triton" else set()
+        # On Hopper the forward of such head_dims was its own.
+        self.proved |= {"cuda on Hopper"} if "cuda" in errors and found["capability"] == [9, 0] else set()
         record = {key: found[key] for key in sorted(verified.RECORD_KEYS - {"errors", "tests"})}
         record |= {
             "errors": errors,

@@ -22,9 +22,12 @@ from tests.reference import assert_error_rule, dense_results, kinds_of, mask_of_
 from voco_kernels.tiles import TilePlan, build_tiles
 
 # Backends that are held to the dense reference beside the one that is checked.
-OTHER_BACKENDS = ("reference", "torch", "flash")
+OTHER_BACKENDS = ("cuda", "reference", "torch", "flash")
 PLAN_ARRAYS = tuple(field.name for field in fields(TilePlan) if field.name not in ("geometry", "counted"))
-SANITIZERS = ("memcheck", "racecheck")
+# racecheck does not follow how torch's own kernels synchronise, so it gets ours only: those of Triton are no C++ names, and
+# those in CUDA are in a namespace of their own.
+SANITIZERS = ("memcheck", "synccheck", "racecheck of triton", "racecheck of cuda")
+WATCHED = {"racecheck of triton": ("--kernel-name-exclude", "kns=_Z"), "racecheck of cuda": ("--kernel-name", "kns=4voco")}
 SANITIZER_LIMIT = 150
 BUILD_LIMIT = 120
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda")
@@ -119,19 +122,18 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
 
 
-def run_sanitizer(tool: str, device: str, backend: str, kv_backends: tuple[str, ...], deadline: float) -> str:
+def run_sanitizer(
+    tool: str, device: str, backends: tuple[str, ...], kv_backends: tuple[str, ...], deadline: float
+) -> str:
     """Run `bench.sanitized` under a tool: "pass", "fail: ...", or "not run: ..." with what the tool says."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return "not run: there is no compute-sanitizer on PATH or in a CUDA toolkit"
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
-    if tool == "racecheck":
-        # torch's own kernels synchronise in ways that the tool does not follow. Theirs are C++ names, those of our Triton
-        # kernels are not; our CUDA kernels share no memory.
-        command += ["--kernel-name-exclude", "kns=_Z"]
+    command = [sanitizer, "--tool", tool.split()[0], "--error-exitcode", "99"]
+    command += WATCHED.get(tool, ())
     limit = min(SANITIZER_LIMIT, deadline - monotonic())
-    command += [sys.executable, "-m", "bench.sanitized", "--device", device, "--backend", backend]
-    command += ["--kv-backends", *kv_backends]
+    command += [sys.executable, "-m", "bench.sanitized", "--device", device]
+    command += ["--backends", *backends, "--kv-backends", *kv_backends]
     return verdict(*run_command(command, limit), limit)
 
 

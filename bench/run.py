@@ -22,7 +22,7 @@ from voco_llama.bench.results import Results, describe_machine, differences, fil
 from bench.conftest import UNFINISHED
 from bench.verified import ROOT
 
-PARTS = ("plan", "kv", "attention", "two_stage", "table7", "training", "scaling")
+PARTS = ("plan", "kv", "attention", "two_stage", "table7", "training", "scaling", "decode")
 # What one test may need beyond the time after which none begins.
 LAST_TEST = 90
 REPORT = ROOT / "build" / "report"

@@ -79,6 +79,32 @@ class KVShape:
         return 2 * 2 * self.layers * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class DecodeShape:
+    """One new token of each of `requests` requests, of `own` keys each behind a prefix that all share."""
+
+    name: str
+    reason: str
+    prefix: int
+    requests: int
+    own: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations on the query-key pairs that there are."""
+        return 4.0 * self.requests * self.heads * (self.prefix + self.own) * self.head_dim
+
+    def moved_bytes(self, dtype: torch.dtype, stored: torch.dtype) -> int:
+        """Bytes of the prefix (scales too where it is quantised), own keys and values, queries and results, each once."""
+        rows = self.kv_heads * self.head_dim
+        scales = 0 if stored.itemsize > 1 else 2 * 4 * self.prefix * self.kv_heads
+        own = 2 * self.requests * self.own * rows + 2 * self.requests * self.heads * self.head_dim
+        return 2 * self.prefix * rows * stored.itemsize + scales + own * dtype.itemsize
+
+
 ATTENTION = {
     shape.name: shape
     for shape in (
@@ -186,6 +212,30 @@ GPU_KV = {
         voco=8,
     ),
 }
+
+DECODE = {
+    shape.name: shape
+    for shape in (
+        DecodeShape(
+            "video", "32 questions about a video of 512 frames of 4 tokens", prefix=2048, requests=32, own=32, heads=8,
+            kv_heads=2, head_dim=64,
+        ),
+    )
+}  # fmt: skip
+
+GPU_DECODE = {
+    shape.name: shape
+    for shape in (
+        DecodeShape(
+            "video", "64 questions about a video of 8k VoCo tokens, with the heads of LLaMA-7B", prefix=8192, requests=64,
+            own=64, heads=32, kv_heads=32, head_dim=128,
+        ),
+        DecodeShape(
+            "gqa", "the same with 8 key heads, as newer models have them: 256 rows meet a key", prefix=8192, requests=64,
+            own=64, heads=32, kv_heads=8, head_dim=128,
+        ),
+    )
+}  # fmt: skip
 
 # What grows in the scaling suite, and how far. Peers leave off where memory or patience ends.
 FRAMES = (1, 4, 16, 64, 256, 2048)

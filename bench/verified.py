@@ -22,7 +22,9 @@ README = ROOT / "README.md"
 FORMAT_VERSION = 1
 
 _TRITON = "voco_kernels/backends/triton"
-_SHARED = ("voco_kernels/tiles.py", f"{_TRITON}/plan.py", f"{_TRITON}/launch.py", f"{_TRITON}/steps.py")
+_SHARED = (
+    "voco_kernels/tiles.py", "voco_kernels/tiled.py", f"{_TRITON}/plan.py", f"{_TRITON}/launch.py", f"{_TRITON}/steps.py",
+)  # fmt: skip
 
 # The sources of everything that is verified, by what a report calls it.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -37,7 +39,31 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "voco_kernels/kv_path.py", "voco_kernels/layers.py", "voco_kernels/backends/cuda/kv.py",
         "csrc/kv_cache.cu", "csrc/bindings.cpp",
         "csrc/include/voco/kv_cache.h", "csrc/include/voco/kv_cache.cuh", "csrc/include/voco/rotary.cuh",
-        "csrc/include/voco/ops.cuh",
+        "csrc/include/voco/dtype.h", "csrc/include/voco/ops.cuh",
+    ),
+    "cuda": (
+        "voco_kernels/tiles.py", "voco_kernels/tiled.py", "voco_kernels/backends/cuda/attention.py", "csrc/bindings.cpp",
+        "csrc/attention.cu", "csrc/attention_forward.cu", "csrc/attention_query_gradient.cu",
+        "csrc/attention_key_gradient.cu",
+        "csrc/include/voco/attention.h", "csrc/include/voco/attention_forward.cuh",
+        "csrc/include/voco/attention_backward.cuh", "csrc/include/voco/attention_launch.cuh",
+        "csrc/include/voco/attention_steps.cuh", "csrc/include/voco/online_softmax.cuh", "csrc/include/voco/mma_tile.cuh",
+        "csrc/include/voco/dtype.h", "csrc/include/voco/ops.cuh", "voco_kernels/backends/cuda/pairs.py",
+    ),
+    "cuda on Hopper": (
+        "voco_kernels/tiles.py", "voco_kernels/tiled.py", "voco_kernels/backends/cuda/attention.py", "csrc/bindings.cpp",
+        "csrc/attention_hopper.cu", "csrc/tensor_map.cu", "csrc/include/voco/attention.h",
+        "csrc/include/voco/attention_hopper.cuh", "csrc/include/voco/attention_launch.cuh",
+        "csrc/include/voco/attention_steps.cuh", "csrc/include/voco/mma_tile.cuh", "csrc/include/voco/hopper.cuh",
+        "csrc/include/voco/tensor_map.h", "csrc/include/voco/dtype.h", "csrc/include/voco/ops.cuh",
+    ),
+    "torch decoding": ("voco_kernels/decode.py", "voco_kernels/backends/torch_decode.py"),
+    "cuda decoding": (
+        "voco_kernels/decode.py", "voco_kernels/backends/cuda/decode.py", "csrc/bindings.cpp",
+        "csrc/decode.cu", "csrc/decode_int8.cu", "csrc/decode_float8.cu", "csrc/include/voco/decode.h",
+        "csrc/include/voco/decode.cuh", "csrc/include/voco/decode_keys.cuh", "csrc/include/voco/byte_tile.cuh",
+        "csrc/include/voco/online_softmax.cuh", "csrc/include/voco/attention_steps.cuh", "csrc/include/voco/mma_tile.cuh",
+        "csrc/include/voco/dtype.h", "csrc/include/voco/ops.cuh",
     ),
     "compiled module": (
         "voco_kernels/backends/cuda/__init__.py", "csrc/bindings.cpp", "csrc/device.cu", "csrc/include/voco/device.h",
@@ -67,6 +93,10 @@ TABLE = (
     TableRow("`flash`", "needs a GPU; refusals tested", ("flash",)),
     TableRow("`triton` attention", "tested in Triton's interpreter", TRITON_GROUPS),
     TableRow("`triton` K/V path", "tested in Triton's interpreter", ("triton K/V path",)),
+    TableRow("`cuda` attention", "tested in an emulation of the GPU", ("cuda",)),
+    TableRow("`cuda` attention, Hopper's forward", "tested in an emulation of the GPU", ("cuda on Hopper",)),
+    TableRow("`cuda` decoding", "tested in an emulation of the GPU", ("cuda decoding",)),
+    TableRow("`torch` decoding", "tested", ("torch decoding",)),
     TableRow("`cuda` K/V path", "tested in an emulation of the GPU", ("cuda K/V path",)),
     TableRow("`torch` K/V path", "tested", ("torch K/V path",)),
     TableRow("compiled module (device query)", "loads, tested", ("compiled module",)),

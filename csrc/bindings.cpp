@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "voco/attention.h"
+#include "voco/decode.h"
 #include "voco/device.h"
 #include "voco/kv_cache.h"
 
@@ -177,11 +178,61 @@ void attention(const std::string& kernel, int device, Address stream, int dtype,
   a.heads = heads;
   a.group = group;
   a.scale = scale;
-  const auto run = kernel == "forward" ? voco::attention::run_forward
-                   : kernel == "dq"    ? voco::attention::run_query_gradient
-                                       : voco::attention::run_key_gradient;
+  a.scale_log2 = scale * 1.4426950408889634f;
+  const auto run = kernel == "forward"          ? voco::attention::run_forward
+                   : kernel == "hopper forward" ? voco::attention::run_hopper_forward
+                   : kernel == "dq"             ? voco::attention::run_query_gradient
+                                                : voco::attention::run_key_gradient;
   const DeviceGuard guard(device);
   check(run(a, static_cast<voco::Dtype>(dtype), head_dim, blocks, pointer(stream)), "attention kernel");
+}
+
+// Address, and the strides of outer, token and head; of scales, of token and head.
+using CacheArgument = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+voco::decode::Rows rows_argument(const CacheArgument& rows) {
+  return {pointer(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows), std::get<3>(rows)};
+}
+
+voco::decode::Scales scales_argument(const RowsArgument& scales) {
+  return {floats(std::get<0>(scales)), std::get<1>(scales), std::get<2>(scales)};
+}
+
+void decode(int device, Address stream, int dtype, int stored, int head_dim, const std::array<CacheArgument, 3>& rows,
+            Address lengths, Address table, int64_t table_stride, int num_blocks, int block_size, int capacity,
+            const std::array<CacheArgument, 2>& prefix_rows, const std::array<RowsArgument, 2>& prefix_scales,
+            const std::array<Address, 2>& prefix_ends, int groups, int prefix_tokens, const std::array<Address, 4>& results,
+            int requests, int tokens, int heads, int group, int own_splits, int prefix_splits, float scale) {
+  voco::decode::Arguments a{};
+  a.q = rows_argument(rows[0]);
+  a.own.keys.k = rows_argument(rows[1]);
+  a.own.keys.v = rows_argument(rows[2]);
+  a.own.lengths = ints(lengths);
+  a.own.table = ints(table);
+  a.own.table_stride = table_stride;
+  a.own.num_blocks = num_blocks;
+  a.own.block_size = block_size;
+  a.own.capacity = capacity;
+  a.prefix.keys = {rows_argument(prefix_rows[0]), rows_argument(prefix_rows[1]), scales_argument(prefix_scales[0]),
+                   scales_argument(prefix_scales[1])};
+  a.prefix.ends = ints(prefix_ends[0]);
+  a.prefix.request_ends = ints(prefix_ends[1]);
+  a.prefix.groups = groups;
+  a.prefix.tokens = prefix_tokens;
+  a.out = pointer(results[0]);
+  a.lse = writable_floats(results[1]);
+  a.partial_out = writable_floats(results[2]);
+  a.partial_lse = writable_floats(results[3]);
+  a.requests = requests;
+  a.tokens = tokens;
+  a.heads = heads;
+  a.group = group;
+  a.own_splits = own_splits;
+  a.prefix_splits = prefix_splits;
+  a.scale_log2 = scale * 1.4426950408889634f;
+  const DeviceGuard guard(device);
+  check(voco::decode::run(a, static_cast<voco::Dtype>(dtype), static_cast<voco::Dtype>(stored), head_dim, pointer(stream)),
+        "decoding kernel");
 }
 
 }  // namespace
@@ -204,10 +255,21 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention", &attention, py::kw_only(), py::arg("kernel"), py::arg("device"), py::arg("stream"), py::arg("dtype"),
         py::arg("head_dim"), py::arg("blocks"), py::arg("rows"), py::arg("lse"), py::arg("delta"), py::arg("plan"),
         py::arg("num_tiles"), py::arg("num_tokens"), py::arg("heads"), py::arg("group"), py::arg("scale"),
-        "Launch `kernel` (forward, dq or dkv): rows are (address, stride of tokens, stride of heads) of q, k, v, out, grad_out, "
+        "Launch `kernel` (forward, hopper forward, dq or dkv): rows are (address, stride of tokens, stride of heads) of q, k, v, out, grad_out, "
         "dq, dk, dv; plan the addresses of tiles, row_index, key_index, reader_index, late_index, after.");
   m.def("attention_shared", &voco::attention::shared_bytes, py::arg("head_dim"),
         "Bytes of shared memory that a block of the attention kernels takes at most.");
+  m.def("decode", &decode, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("stored"),
+        py::arg("head_dim"), py::arg("rows"), py::arg("lengths"), py::arg("table"), py::arg("table_stride"),
+        py::arg("num_blocks"), py::arg("block_size"), py::arg("capacity"), py::arg("prefix_rows"), py::arg("prefix_scales"),
+        py::arg("prefix_ends"), py::arg("groups"), py::arg("prefix_tokens"), py::arg("results"), py::arg("requests"),
+        py::arg("tokens"), py::arg("heads"), py::arg("group"), py::arg("own_splits"), py::arg("prefix_splits"),
+        py::arg("scale"),
+        "Launch decoding: rows are (address, strides of outer, token, head) of q, k_cache, v_cache; prefix_rows of k and v; "
+        "prefix_scales (address, strides of token, head); prefix_ends the addresses of cu_prefix and cu_requests; results those "
+        "of out, lse, partial_out, partial_lse. 0 stands for what there is not.");
+  m.def("decode_shared", &voco::decode::shared_bytes, py::arg("head_dim"),
+        "Bytes of shared memory that a block of the decoding kernels takes at most.");
   // Local, so that a second build of this module, for another device, can be loaded beside it.
   py::class_<KvMover>(m, "KvMover", py::module_local(),
                       "Injection or extraction for one group of layers whose caches have the same strides.")

@@ -124,16 +124,16 @@ def test_the_model_uses_public_names_only(path):
 def test_every_backend_of_the_contract_has_a_row():
     rows = {row.name: row for row in backend_status()}
     assert set(rows) == {"reference", "torch", "flash", "triton", "cuda"}
-    assert rows["torch"].serves == ("attention", "kv") and rows["torch"].reason is None
+    assert rows["torch"].serves == ("attention", "kv", "decode") and rows["torch"].reason is None
     assert rows["reference"].serves == ("attention",) and rows["reference"].reason is None
     assert rows["flash"].serves == ("attention",)
     assert rows["triton"].serves == ("attention", "kv")
-    assert rows["cuda"].serves == ("kv",)
+    assert rows["cuda"].serves == ("attention", "kv", "decode")
 
 
-@pytest.mark.parametrize("table", [backends.ATTENTION, backends.KV], ids=["attention", "kv"])
+@pytest.mark.parametrize("table", backends.TABLES.values(), ids=backends.TABLES)
 def test_unknown_backends_are_named(table):
-    with pytest.raises(ValueError, match=r"^backend must be one of auto, .*torch.*triton.*, but was 'fast'$"):
+    with pytest.raises(ValueError, match=r"^backend must be one of auto, .*torch.*, but was 'fast'$"):
         backends.load(table, "fast")
 
 

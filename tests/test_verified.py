@@ -328,12 +328,12 @@ def test_no_sanitizer(monkeypatch):
     monkeypatch.setattr(gpu_checks, "CUDA_FOLDERS", ())
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    said = gpu_checks.run_sanitizer("memcheck", "cpu", "torch", ("torch",), monotonic() + 60)
+    said = gpu_checks.run_sanitizer("memcheck", "cpu", ("torch",), ("torch",), monotonic() + 60)
     assert said.startswith("not run: there is no compute-sanitizer")
 
 
 def test_what_a_sanitizer_watches(capsys):
-    sanitized.main(["--device", "cpu", "--backend", "torch", "--kv-backends", "torch"])
+    sanitized.main(["--device", "cpu", "--backends", "torch", "--kv-backends", "torch"])
     assert "3 layouts" in capsys.readouterr().out
 
 
@@ -400,7 +400,8 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
     assert not any("blocks of 64" in name or "causal" in name for _, _, name in rows), "there is time for a few peers only"
     assert {"device", "capability", "driver", "torch", "triton", "python", "commit", "uncommitted_changes"} <= set(found)
     content = verified.load(tmp_path / "gpu_verified.json")
-    assert set(content["sources"]) == {*verified.GROUPS["torch"], *verified.GROUPS["torch K/V path"]}
+    groups = ("torch", "torch K/V path", "torch decoding")
+    assert set(content["sources"]) == {source for group in groups for source in verified.GROUPS[group]}
     [kept] = content["sources"]["voco_kernels/plan.py"].popitem()[1]["none"]
     assert kept["tests"] == {"passed": 1, "failed": 0, "skipped": 1} and set(kept["errors"]) == {"torch", "reference"}
     assert set(kept["errors"]["torch"]) == set(attention_problem.RESULTS) and max(kept["errors"]["torch"].values()) <= 1

@@ -1,7 +1,8 @@
 """Block-sparse VoCo attention and the K/V path of two-stage VoCo-LLaMA inference (arXiv 2406.12275)."""
 
 from .attention import voco_attention
-from .backends import BackendStatus, backend_status, compiled_module
+from .backends import BackendStatus, backend_status, chosen_on_gpus, compiled_module
+from .decode import SharedPrefix, decode_attention
 from .draw import draw, draw_on, draw_plan
 from .kv_cache import VocoKV
 from .kv_path import ExtractionPlan, InjectionPlan, extract_kv, inject_kv
@@ -14,13 +15,16 @@ __all__ = [
     "ExtractionPlan",
     "Image",
     "InjectionPlan",
+    "SharedPrefix",
     "Text",
     "VocoKV",
     "VocoLayout",
     "VocoStore",
     "__version__",
     "backend_status",
+    "chosen_on_gpus",
     "compiled_module",
+    "decode_attention",
     "draw",
     "draw_on",
     "draw_plan",

@@ -29,9 +29,9 @@ def voco_attention(
         k, v ([N, Hkv, D]): keys and values of the same dtype and device; Hq is a multiple of Hkv.
         layout: where documents, segments and public keys lie; on the same device, N tokens.
         scale: factor on the scores, above 0; 1/sqrt(D) where None.
-        backend: "auto" ("triton" where it can serve the inputs, else "torch"), "triton", "torch", "flash" (the varlen
-            split over FlashAttention: isolated layouts with trailing text), or "reference" (dense mask, for tests). A
-            backend that cannot serve raises.
+        backend: "auto" (on a GPU "triton", or "cuda" where that was measured to be faster; else "torch"), "triton", "cuda"
+            (16-bit dtypes, head_dim 64, 96, 128, 256), "torch", "flash" (the varlen split over FlashAttention: isolated
+            layouts with trailing text), or "reference" (dense mask, for tests). A backend that cannot serve raises.
         return_lse: also return the log-sum-exp of the scaled scores.
         check: check the layout's values again, also on a device (synchronises).
 
@@ -56,7 +56,8 @@ def voco_attention(
     if torch.compiler.is_compiling():
         out, lse = ops.attention(q, k, v, layout, scale, backend, return_lse)
     else:
-        module = backends.load_for(backends.resolved(backend, q), q, layout)
+        backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        module = backends.load_for(backends.resolved(backend, q, backward=backward), q, layout)
         out, lse = module.attention(q, k, v, layout, scale, return_lse)
     return (out, lse) if return_lse else out
 

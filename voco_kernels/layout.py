@@ -286,8 +286,9 @@ class VocoLayout:
         """Useful (query, key) pairs divided by those that a backend's kernel computes, counted from its tiles.
 
         Args:
-            head_dim: 32 to 256; launch parameters depend on it. They are those for bfloat16 on sm_90.
-            backend: "triton", the one with tiles.
+            head_dim: 32 to 256 (cuda: 64, 96, 128, 256). Launch parameters depend on it; they are those for bfloat16, for
+                triton on sm_90, for cuda of the kernels for sm_80.
+            backend: "triton" or "cuda", those with tiles.
             which: "forward", or one of the two kernels of the backward pass, "dq" and "dkv".
 
         Returns:

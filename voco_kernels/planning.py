@@ -20,11 +20,13 @@ def prepared_tiles(layout: VocoLayout) -> TilePlan:
 def tile_efficiency(layout: VocoLayout, head_dim: int, backend: str, which: str) -> float:
     """See `VocoLayout.tile_efficiency`."""
     if backend not in ATTENTION or not hasattr(load_module(ATTENTION, backend), "computed_pairs"):
-        reject("backend", "one with tiles (triton)", repr(backend))
+        reject("backend", "one with tiles (triton, cuda)", repr(backend))
     if which not in KERNELS:
         reject("which", f"one of {KERNELS}", repr(which))
     module = load_module(ATTENTION, backend)
-    if not module.MIN_HEAD_DIM <= head_dim <= module.MAX_HEAD_DIM:
-        reject("head_dim", f"{module.MIN_HEAD_DIM} to {module.MAX_HEAD_DIM}", head_dim)
+    known = module.HEAD_DIMS
+    if head_dim not in known:
+        is_range = isinstance(known, range)
+        reject("head_dim", f"{known[0]} to {known[-1]}" if is_range else f"one of {', '.join(map(str, known))}", head_dim)
     computed = module.computed_pairs(layout, head_dim, which)
     return useful_pairs(layout) / computed if computed else 1.0

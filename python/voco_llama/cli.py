@@ -145,7 +145,7 @@ def info(as_json: JsonOption = False) -> None:
     """Versions, devices, and which backends can run here."""
     import torch
 
-    from voco_kernels import backend_status, compiled_module
+    from voco_kernels import backend_status, chosen_on_gpus, compiled_module
 
     packages = ("voco-kernels", "torch", "triton", "transformers", "flash-attn", "numpy", "safetensors")
     devices = ["cpu"]
@@ -155,6 +155,7 @@ def info(as_json: JsonOption = False) -> None:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "devices": devices,
         "compiled module": compiled_module(),
+        "auto": chosen_on_gpus(),
         "backends": {row.name: {"serves": list(row.serves), "missing": row.reason} for row in backend_status()},
     }
     if as_json:
@@ -165,6 +166,7 @@ def info(as_json: JsonOption = False) -> None:
         table.add_row(name, value or "not installed")
     table.add_row("devices", ", ".join(devices))
     table.add_row("compiled CUDA module", report["compiled module"])
+    table.add_row("auto on GPUs", report["auto"])
     for name, row in report["backends"].items():
         table.add_row(f"backend {name}", row["missing"] or f"ready: {', '.join(row['serves'])}")
     output.print(table)

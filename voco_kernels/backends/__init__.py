@@ -3,9 +3,10 @@
 A backend module is imported when it is first used. For attention it offers `attention(q, k, v, layout, scale, return_lse)`
 and `attention_backward(grad_out, q, k, v, out, lse, layout, scale)`; for the K/V path `injection(k_caches, v_caches, slots,
 positions, inv_freq, attention_scaling)`, which returns `run(k, v, k_scale, v_scale)`, and `extraction(keys, values, index,
-positions, inv_freq, attention_scaling, out_k, out_v)`, which returns `run()`. `unavailable_reason()` says why it cannot run
-on this machine, `unsupported_reason(q, layout)`, for the K/V path `unsupported_reason(kv_dtype, cache)`, why it cannot serve
-given inputs. Backends never import each other.
+positions, inv_freq, attention_scaling, out_k, out_v)`, which returns `run()`; for decoding `decode(q, k_cache, v_cache,
+lengths, block_table, prefix, scale)`, which returns out and lse. `unavailable_reason()` says why it cannot run on this
+machine, `unsupported_reason(q, layout)`, for the K/V path `unsupported_reason(kv_dtype, cache)`, for decoding
+`unsupported_reason(q, dtype of the prefix)`, why it cannot serve given inputs. Backends never import each other.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from types import ModuleType
 
 import torch
 
+from .. import choice
 from ..layout import VocoLayout
 
 ATTENTION = {"reference": "reference", "torch": "torch", "flash": "flash", "triton": "triton", "cuda": "cuda.attention"}
 KV = {"torch": "torch_kv", "triton": "triton.kv", "cuda": "cuda.kv"}
+DECODE = {"torch": "torch_decode", "cuda": "cuda.decode"}
+TABLES = {"attention": ATTENTION, "kv": KV, "decode": DECODE}
+IN_WORDS = {"attention": "attention", "kv": "the K/V path", "decode": "decoding"}
 
 # Backends whose `attention_backward` reads the lse of the forward; the others get an empty one.
 BACKWARD_READS_LSE = {"triton", "cuda"}
@@ -25,7 +30,7 @@ BACKWARD_READS_LSE = {"triton", "cuda"}
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One row of `backend_status()`: `serves` lists "attention" and "kv"; `reason` is None where the backend can be used."""
+    """One row of `backend_status()`: `serves` lists "attention", "kv", "decode"; `reason` is None where it can be used."""
 
     name: str
     serves: tuple[str, ...]
@@ -35,8 +40,8 @@ class BackendStatus:
 def backend_status() -> list[BackendStatus]:
     """Every backend of the public contract, and why it cannot be used on this machine where it cannot."""
     rows = []
-    for name in {**ATTENTION, **KV}:
-        tables = {kind: table for kind, table in (("attention", ATTENTION), ("kv", KV)) if name in table}
+    for name in {**ATTENTION, **KV, **DECODE}:
+        tables = {kind: table for kind, table in TABLES.items() if name in table}
         reason = load_module(next(iter(tables.values())), name).unavailable_reason()
         rows.append(BackendStatus(name, tuple(tables), reason))
     return rows
@@ -48,12 +53,17 @@ def compiled_module() -> str:
     return module.unavailable_reason() or f"built for {', '.join(module.load().compiled_archs())}"
 
 
+def chosen_on_gpus() -> str:
+    """One line on what backend="auto" takes for attention on GPUs, and which results say so."""
+    return choice.in_words()
+
+
 def load(table: dict[str, str], name: str) -> ModuleType:
     """The backend module `name`; ValueError if there is none, or if this version or machine cannot run it."""
     if name not in table:
         known = ", ".join(("auto", *table))
-        other = "attention" if table is KV else "the K/V path"
-        reason = f"it serves {other} only" if name in ATTENTION or name in KV else None
+        serves = " and ".join(IN_WORDS[kind] for kind, other in TABLES.items() if name in other)
+        reason = f"it serves {serves} only" if serves else None
         raise ValueError(f"backend must be one of {known}, but was {name!r}" + (f": {reason}" if reason else ""))
     module = load_module(table, name)
     reason = module.unavailable_reason()
@@ -91,14 +101,33 @@ def resolved_kv(name: str, kv_dtype: torch.dtype, cache: torch.Tensor) -> str:
     return "torch"
 
 
-def resolved(name: str, q: torch.Tensor) -> str:
-    """`name`, or what "auto" stands for: triton on the GPUs, with the dtypes and head dims that it serves, else torch."""
+def load_decode(name: str, q: torch.Tensor, stored: torch.dtype | None) -> ModuleType:
+    """The backend `name` for decoding, which is not "auto"; ValueError also if it cannot serve such queries and prefixes."""
+    module = load(DECODE, name)
+    reason = module.unsupported_reason(q, stored)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
+    return module
+
+
+def resolved_decode(name: str) -> str:
+    """`name`, or what "auto" stands for: torch, since no GPU has measured the CUDA kernels of decoding yet."""
+    return "torch" if name == "auto" else name
+
+
+def resolved(name: str, q: torch.Tensor, *, backward: bool = True) -> str:
+    """`name`, or what "auto" stands for: on a GPU cuda where it was measured ahead (`choice.py`), else triton; else torch.
+
+    Args:
+        backward: whether gradients may be asked for.
+    """
     if name != "auto":
         return name
     if q.is_cuda:
-        triton = load_module(ATTENTION, "triton")
-        if triton.unavailable_reason() is None and triton.unsupported_reason(q) is None:
-            return "triton"
+        for fused in ("cuda", "triton") if choice.prefers_cuda(q, backward=backward) else ("triton",):
+            module = load_module(ATTENTION, fused)
+            if module.unavailable_reason() is None and module.unsupported_reason(q) is None:
+                return fused
     return "torch"
 
 

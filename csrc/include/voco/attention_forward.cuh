@@ -7,6 +7,7 @@
 #pragma once
 
 #include "voco/attention_steps.cuh"
+#include "voco/online_softmax.cuh"
 
 namespace voco::attention {
 
@@ -28,33 +29,16 @@ struct Forward {
       kQueryBytes + kStages * kStageBytes + sizeof(KeySteps) + (kSlots * kKeys + kTileRows) * sizeof(int);
 };
 
-// A warp's rows while it goes through the keys. Maxima are of scaled scores in base 2.
+// A warp's rows while it goes through the keys.
 template <class T, int kHeadDim>
 struct RowState {
   using Shape = Forward<kHeadDim>;
   static constexpr int kTiles = Shape::kTiles, kDepth = kHeadDim / 16;
 
-  float out[kTiles][kHeadDim / 8][4];
-  float sum[kTiles][2], highest[kTiles][2];  // a lane's sum is of its own keys; rows g and g + 8
+  SoftmaxRows<kHeadDim> softmax[kTiles];
   const int* rows;  // of the warp, in shared memory
   float scale;      // of scores, with log2(e)
   Operand<kHeadDim, Shape::kQueriesInRegisters> queries[kTiles];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[m][n][i] = 0;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sum[m][half] = 0;
-        highest[m][half] = -kInfinity;
-      }
-    }
-  }
 
   // Takes 32 keys in; kUsed of the warp's tiles have rows.
   template <int kUsed>
@@ -75,7 +59,7 @@ struct RowState {
     }
     if (tokens[Shape::kKeys - 1] > rows[0]) hide<kUsed>(scores, tokens);
 #pragma unroll
-    for (int m = 0; m < kUsed; ++m) weigh(scores[m], m);
+    for (int m = 0; m < kUsed; ++m) softmax[m].weigh(scores[m], scale);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       uint32_t a[kUsed][4];
@@ -87,13 +71,14 @@ struct RowState {
         load_b<kHeadDim>(b, values, 16 * k, n);
 #pragma unroll
         for (int m = 0; m < kUsed; ++m) {
-          mma_m16n8k16<T>(out[m][2 * n], a[m], b[0], b[1]);
-          mma_m16n8k16<T>(out[m][2 * n + 1], a[m], b[2], b[3]);
+          mma_m16n8k16<T>(softmax[m].out[2 * n], a[m], b[0], b[1]);
+          mma_m16n8k16<T>(softmax[m].out[2 * n + 1], a[m], b[2], b[3]);
         }
       }
     }
   }
 
+ private:
   // A row does not see the keys behind it.
   template <int kUsed>
   __device__ void hide(float (&scores)[kUsed][4][4], const int* tokens) const {
@@ -108,42 +93,6 @@ struct RowState {
           for (int half = 0; half < 2; ++half) {
             if (key > rows[16 * m + 8 * half + lane_id() / 4]) scores[m][n][2 * half + i] = -kInfinity;
           }
-        }
-      }
-    }
-  }
-
-  // Scores to weights relative to the highest score so far, to which sum and out are brought, too.
-  __device__ void weigh(float (&scores)[4][4], int m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = scores[0][2 * half];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-      top = fmaxf(top, shfl_xor(top, 1));
-      top = fmaxf(top, shfl_xor(top, 2));
-      // Scaled and rounded once, so that weights and lse are relative to the same number.
-      const float before = highest[m][half], now = fmaxf(before, mul_rn(top, scale));
-      // A row that has not seen a key yet has no maximum; -inf minus -inf would be NaN.
-      const float pivot = now == -kInfinity ? 0 : now;
-      const float shrink = exp2_approx(before - pivot);
-      highest[m][half] = now;
-      float added = 0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[n][i] = exp2_approx(fma_rn(scores[n][i], scale, -pivot));
-          added += scores[n][i];
-        }
-      }
-      sum[m][half] = fma_rn(sum[m][half], shrink, added);
-      // Most steps find no higher score.
-      if (any(shrink != 1)) {
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          out[m][n][2 * half] *= shrink;
-          out[m][n][2 * half + 1] *= shrink;
         }
       }
     }
@@ -183,7 +132,7 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
   for (int step = 0; step < kStages - 1; ++step) copy_step(step);
 
   RowState<T, kHeadDim> state;
-  state.clear();
+  for (auto& part : state.softmax) part.clear();
   state.scale = args.scale_log2;
   const int first = 16 * kTiles * warp, used = (rows.count - first + 15) / 16;
   state.rows = row_tokens + first;
@@ -221,14 +170,14 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int place = first + 16 * m + 8 * half + lane / 4, row = state.rows[16 * m + 8 * half + lane / 4];
-      float sum = state.sum[m][half];
+      float sum = state.softmax[m].sum[half];
       sum += shfl_xor(sum, 1);
       sum += shfl_xor(sum, 2);
       // A row that sees nothing has a sum of 0: its output is 0 and its lse log(0) = -inf.
       const float factor = sum == 0 ? 0 : 1 / sum;
-      store_sums<T, kHeadDim>(row_of<T>(args.out, row, head), state.out[m], half, factor, place < rows.count);
+      store_sums<T, kHeadDim>(row_of<T>(args.out, row, head), state.softmax[m].out, half, factor, place < rows.count);
       if (lane % 4 == 0 && place < rows.count) {
-        args.lse[int64_t{head} * args.num_tokens + row] = sum == 0 ? -kInfinity : (state.highest[m][half] + log2f(sum)) * kLn2;
+        args.lse[int64_t{head} * args.num_tokens + row] = sum == 0 ? -kInfinity : (state.softmax[m].highest[half] + log2f(sum)) * kLn2;
       }
     }
   }

@@ -1,22 +1,26 @@
 """Attention in CUDA, forward and backward, for 16-bit numbers: csrc/include/voco/attention.h on tensors.
 
-One kernel family for all GPUs from compute capability 8.0 on; design and limits are in DESIGN.md.
+One kernel family serves all GPUs from compute capability 8.0 on; Hopper has a forward of its own, with larger row tiles.
+Design and limits are in DESIGN.md.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from ... import tiled
 from ...layout import VocoLayout
 from ...tiles import Geometry, TilePlan, tile_plan
-from . import load, serves
+from . import load, pairs, serves
 from . import unavailable_reason as _module_unavailable_reason
 
 # As csrc/include/voco/dtype.h numbers them.
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 HEAD_DIMS = (64, 96, 128, 256)
 GEOMETRY = Geometry(rows=64, small_rows=16, keys=64)
+# No small tiles: the least that Hopper's products take are 64 rows.
+HOPPER_GEOMETRY = Geometry(rows=128, small_rows=0, keys=64)
+HOPPER_HEAD_DIMS = (64, 128)
 NOTHING = (0, 0, 0)
 
 
@@ -53,7 +57,12 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) in one launch; differentiable by autograd. Tensors whose rows are not contiguous or aligned are copied."""
-    out, lse = tiled.attention(q, k, v, _plan(layout), scale, tiled.Kernels(forward, backward))
+    plan = tile_plan(layout, HOPPER_GEOMETRY) if _has_wgmma(q) else _plan(layout)
+
+    def gradients(*saved):
+        return backward(*saved, _plan(layout), scale)
+
+    out, lse = tiled.attention(q, k, v, tiled.Kernels(partial(forward, plan=plan, scale=scale), gradients))
     return out, lse if return_lse else None
 
 
@@ -74,11 +83,12 @@ def attention_backward(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head)."""
+    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head); Hopper's kernel for a plan of its geometry."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = _per_row(q)
-    _launch("forward", plan, scale, {"q": q, "k": k, "v": v, "out": out}, lse)
+    kernel = "hopper forward" if plan.geometry == HOPPER_GEOMETRY else "forward"
+    _launch(kernel, plan, scale, {"q": q, "k": k, "v": v, "out": out}, lse)
     return out, lse
 
 
@@ -103,6 +113,15 @@ def backward(
     return dq, dk, dv
 
 
+def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
+    """(query, key) pairs that kernel `which` computes for a layout."""
+    layout = layout.to("cpu")
+    plan = tile_plan(layout, GEOMETRY)
+    if which == "dkv":
+        return pairs.of_key_tiles(plan)
+    return pairs.of_row_tiles(layout, plan, 32 if which == "forward" and head_dim <= 128 else 16)
+
+
 def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Tensor, delta: torch.Tensor | None = None):
     q, k = rows["q"], rows["k"]
     tokens, heads, head_dim = q.shape
@@ -118,7 +137,7 @@ def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Te
         stream=0 if device < 0 else torch._C._cuda_getCurrentRawStream(device),
         dtype=DTYPES[q.dtype],
         head_dim=head_dim,
-        blocks=plan.likely(tiles) * per_tile,
+        blocks=_blocks(kernel, plan.likely(tiles) * per_tile, q.device),
         rows=[_address(rows[name]) if name in rows else NOTHING for name in names],
         lse=lse.data_ptr(),
         delta=0 if delta is None else delta.data_ptr(),
@@ -129,6 +148,26 @@ def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Te
         group=heads // k.shape[1],
         scale=scale,
     )
+
+
+def _has_wgmma(q: torch.Tensor) -> bool:
+    """Whether Hopper's own forward serves such queries."""
+    return q.is_cuda and q.shape[2] in HOPPER_HEAD_DIMS and _is_hopper(q.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0) and "sm_90a" in load().compiled_archs()
+
+
+def _blocks(kernel: str, pairs: int, device: torch.device) -> int:
+    """A block for each pair of a tile and a head; of Hopper's forward, whose blocks stay, one per multiprocessor."""
+    return min(pairs, _multiprocessors(device)) if kernel == "hopper forward" else pairs
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _plan(layout: VocoLayout) -> TilePlan:

@@ -4,7 +4,7 @@
 `voco_kernels.tiles`. Triton is imported when a kernel is first launched.
 """
 
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +15,7 @@ from ...tiles import Geometry, TilePlan, executed_pairs, tile_plan
 from .launch import MAX_HEAD_DIM, MIN_HEAD_DIM, geometry_of, launch_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1)
 LEAST_ARCH = 80
 # GPUs with 99 KiB of shared memory for a program; the kernels need up to 131 at head_dim 256.
 SMALL_SHARED = (86, 89, 120, 121)
@@ -51,7 +52,9 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) in one launch; differentiable by autograd. Tensors that are not laid out as the kernels need are copied."""
-    out, lse = tiled.attention(q, k, v, _plan(layout, q), scale, tiled.Kernels(_forward, _backward))
+    plan = _plan(layout, q)
+    kernels = tiled.Kernels(partial(_forward, plan=plan, scale=scale), partial(_backward, plan=plan, scale=scale))
+    out, lse = tiled.attention(q, k, v, kernels)
     return out, lse if return_lse else None
 
 

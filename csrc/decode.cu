@@ -1,0 +1,38 @@
+#include "voco/decode.cuh"
+
+#include <algorithm>
+
+#include "voco/attention_launch.cuh"
+
+namespace voco::decode {
+
+int run_splits(const Arguments& arguments, Dtype dtype, int head_dim, void* stream) {
+  return attention::with_instance(dtype, head_dim, [&](auto instance) {
+    using Instance = decltype(instance);
+    using Element = typename Instance::Element;
+    return launch_splits<Element, Element, Instance::kHeadDim>(arguments, stream);
+  });
+}
+
+int run(const Arguments& arguments, Dtype dtype, Dtype stored, int head_dim, void* stream) {
+  if (stored != dtype && stored != Dtype::kInt8 && stored != Dtype::kFloat8) return attention::kInvalidValue;
+  if (arguments.requests == 0) return 0;
+  const auto run_first = stored == Dtype::kInt8     ? run_splits_int8
+                         : stored == Dtype::kFloat8 ? run_splits_float8
+                                                    : run_splits;
+  if (const int code = run_first(arguments, dtype, head_dim, stream)) return code;
+  const auto run_second = dtype == Dtype::kFloat16 ? launch_merge<__half> : launch_merge<__nv_bfloat16>;
+  return run_second(arguments, head_dim, stream);
+}
+
+int shared_bytes(int head_dim) {
+  int most = 0;
+  attention::with_instance(Dtype::kFloat16, head_dim, [&](auto instance) {
+    constexpr int kHeadDim = decltype(instance)::kHeadDim;
+    most = std::max(Shape<__half, kHeadDim>::kSharedBytes, Shape<int8_t, kHeadDim>::kSharedBytes);
+    return 0;
+  });
+  return most;
+}
+
+}  // namespace voco::decode

@@ -1,0 +1,13 @@
+#include "voco/attention_launch.cuh"
+#include "voco/decode.cuh"
+
+namespace voco::decode {
+
+int run_splits_float8(const Arguments& arguments, Dtype dtype, int head_dim, void* stream) {
+  return attention::with_instance(dtype, head_dim, [&](auto instance) {
+    using Instance = decltype(instance);
+    return launch_splits<typename Instance::Element, __nv_fp8_e4m3, Instance::kHeadDim>(arguments, stream);
+  });
+}
+
+}  // namespace voco::decode

@@ -1,0 +1,134 @@
+"""Decoding in CUDA, for 16-bit numbers and prefixes that may be quantised: csrc/include/voco/decode.h on tensors.
+
+Two launches: attention over splits of the keys, and the merge of their results. How many splits there are depends on shapes
+and on the GPU alone, so nothing is waited for, and a CUDA graph can hold both. Design and limits are in DESIGN.md.
+"""
+
+from functools import cache
+
+import torch
+
+from . import load, serves
+from . import unavailable_reason as _module_unavailable_reason
+
+# As csrc/include/voco/dtype.h numbers them.
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+STORED_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
+HEAD_DIMS = (64, 96, 128, 256)
+TILE_ROWS = 64
+# Blocks of threads that a multiprocessor is given where there are keys enough: what they copy ahead then hides the memory's
+# latency, and partial results stay few.
+BLOCKS_PER_SM = 2
+# A split of fewer keys costs more to merge than it saves.
+SPLIT_KEYS, MOST_SPLITS = 256, 64
+NO_ROWS, NO_SCALES = (0, 0, 0, 0), (0, 0, 0)
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run on this machine; None where they can."""
+    reason = _module_unavailable_reason()
+    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return reason
+
+
+def unsupported_reason(q: torch.Tensor, stored: torch.dtype | None) -> str | None:
+    """Why such queries, and a prefix of dtype `stored`, cannot be served; None where they can."""
+    if q.dtype not in DTYPES:
+        return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[3]}"
+    if q.device.type != load().DEVICE_TYPE or torch.version.hip is not None:
+        return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
+    return _unserved(q.device, q.shape[3]) if q.is_cuda else None
+
+
+@cache
+def _unserved(device: torch.device, head_dim: int) -> str | None:
+    """Why the compiled code does not run on a GPU; None where it does."""
+    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
+    if not serves(archs, capability):
+        return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
+    has, needs = load().device_query()[device.index]["shared_memory_per_block_optin"], load().decode_shared(head_dim)
+    return None if needs <= has else f"head_dim {head_dim} needs {needs} bytes of shared memory, and the GPU has {has}"
+
+
+def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
+    """(out [R, T, Hq, D], lse [R, T, Hq] float32), contiguous. Tensors of other than aligned rows are copied."""
+    requests, tokens, heads, head_dim = q.shape
+    q, k, v = (_aligned(x) for x in (q, k_cache, v_cache))
+    key_heads = k.shape[2]
+    capacity = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
+    capacity = min(capacity, 2**31 - 1)
+    kept = [q, k, v, lengths.contiguous()]
+    table = None if block_table is None else block_table.contiguous()
+    sms = _multiprocessors(q.device)
+    rows = tokens * heads // key_heads
+    own_splits = splits(requests * key_heads * -(-rows // TILE_ROWS), capacity, sms)
+    shared = {"prefix_rows": [NO_ROWS, NO_ROWS], "prefix_scales": [NO_SCALES, NO_SCALES], "prefix_ends": [0, 0]}
+    groups = prefix_tokens = prefix_splits = 0
+    stored = q.dtype
+    if prefix is not None and prefix.k.shape[0]:
+        pk, pv = (_aligned(x) for x in (prefix.k, prefix.v))
+        ends = [x.contiguous() for x in (prefix.cu_prefix, prefix.cu_requests)]
+        kept += [pk, pv, *ends]
+        stored, prefix_tokens, groups = pk.dtype, pk.shape[0], ends[0].shape[0] - 1
+        prefix_splits = splits(key_heads * max(-(-requests * rows // TILE_ROWS), groups), prefix_tokens, sms)
+        shared = {
+            "prefix_rows": [(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (pk, pv)],
+            "prefix_scales": [
+                NO_SCALES if s is None else (s.data_ptr(), *s.stride()) for s in (prefix.k_scale, prefix.v_scale)
+            ],
+            "prefix_ends": [x.data_ptr() for x in ends],
+        }
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    partial_out = torch.empty((own_splits + prefix_splits, *q.shape), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(partial_out.shape[:-1], dtype=torch.float32, device=q.device)
+    device = q.device.index if q.is_cuda else -1
+    load().decode(
+        device=device,
+        stream=0 if device < 0 else torch._C._cuda_getCurrentRawStream(device),
+        dtype=DTYPES[q.dtype],
+        stored=STORED_DTYPES[stored],
+        head_dim=head_dim,
+        rows=[(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v)],
+        lengths=kept[3].data_ptr(),
+        table=0 if table is None else table.data_ptr(),
+        table_stride=0 if table is None else table.stride(0),
+        num_blocks=k.shape[0],
+        block_size=k.shape[1],
+        capacity=capacity,
+        **shared,
+        groups=groups,
+        prefix_tokens=prefix_tokens,
+        results=[x.data_ptr() for x in (out, lse, partial_out, partial_lse)],
+        requests=requests,
+        tokens=tokens,
+        heads=heads,
+        group=heads // key_heads,
+        own_splits=own_splits,
+        prefix_splits=prefix_splits,
+        scale=scale,
+    )
+    return out, lse
+
+
+def splits(items: int, keys: int, multiprocessors: int) -> int:
+    """Into how many parts the keys of `items` blocks of threads are cut, so that all multiprocessors have work."""
+    wanted = -(-BLOCKS_PER_SM * multiprocessors // max(items, 1))
+    return max(1, min(wanted, -(-keys // SPLIT_KEYS), MOST_SPLITS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of the host, which stands in for one in tests, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy where its rows are not contiguous or do not start at multiples of 16 bytes."""
+    step = 16 // x.element_size()
+    strides = (x.stride(i) for i in range(x.ndim - 1) if x.shape[i] > 1)
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % step for stride in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
