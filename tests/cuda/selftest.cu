@@ -211,6 +211,27 @@ bool check_matmul(Defect defect) {
   return true;
 }
 
+bool check_numbers(Defect) {
+  const int count = 400;
+  Array<float> from(count, [](size_t i) { return i < 2 ? (i ? -HUGE_VALF : 0.0f) : 126 * random_number(); });
+  const auto random_word = [](size_t) { return uint32_t((random_number() + 1) * 0x7fffffff); };
+  Array<uint32_t> words(count, random_word), chosen(count);
+  Array<uint32_t> selectors(count, [&](size_t i) { return random_word(i) & 0x7777; });
+  Array<float> powers(count);
+  start(numbers, ceil_div(count, 64), 64, 0,
+        NumbersArgs{from.data(), words.data(), selectors.data(), powers.data(), chosen.data(), count});
+  for (int i = 0; i < count; ++i) {
+    const double power = std::exp2(static_cast<double>(from[i]));
+    if (!check("power of two", i, powers[i], power, i < 2 ? 0 : power * 3e-7)) return false;
+    for (int byte = 0; byte < 4; ++byte) {
+      const int source = selectors[i] >> 4 * byte & 7;
+      const uint32_t word = source < 4 ? words[i] : ~words[i];
+      if (!check("byte", i, chosen[i] >> 8 * byte & 0xff, word >> source % 4 * 8 & 0xff)) return false;
+    }
+  }
+  return true;
+}
+
 bool check_histogram(Defect defect) {
   const int count = 90;
   Array<int> bins(count, [](size_t i) { return int(i * i % kBins); });
@@ -257,7 +278,7 @@ const std::map<std::string, bool (*)(Defect)> kCases = {
     {"sum", check_sum},             {"rotate", check_rotate},
     {"transpose", check_transpose}, {"matmul fp16", check_matmul<__half>},
     {"histogram", check_histogram}, {"matmul bf16", check_matmul<__nv_bfloat16>},
-    {"limits", check_limits},
+    {"limits", check_limits},       {"numbers", check_numbers},
 };
 
 }  // namespace

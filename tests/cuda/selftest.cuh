@@ -68,6 +68,22 @@ __global__ void scatter(const __grid_constant__ ScatterArgs args) {
   args.to[slot] = fma_rn(args.scale, args.from[i], args.shift);
 }
 
+// Numbers that no other lane sees: powers[i] = 2^from[i], and bytes that selectors name.
+struct NumbersArgs {
+  const float* from;
+  const uint32_t *words, *selectors;
+  float* powers;
+  uint32_t* chosen;
+  int count;
+};
+
+__global__ void numbers(const __grid_constant__ NumbersArgs args) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= args.count) return;
+  args.powers[i] = exp2_approx(args.from[i]);
+  args.chosen[i] = permute_bytes(args.words[i], ~args.words[i], args.selectors[i]);
+}
+
 // Of one row a block: its sum, whether any element is above 0.99, and the signs of each warp's first 32 elements.
 struct SumArgs {
   const float* rows;
