@@ -203,7 +203,7 @@ DEFECTS = {
     "no swizzle of bytes": ("byte_tile", "swizzle = row % 4 ^ row / 4 % 2;", "swizzle = row % 4;", "plain", "lazy", WRONG),
     "no swizzle": ("mma_tile", "(chunk ^ swizzle) * 16", "(chunk ^ 0 * swizzle) * 16", "plain", "lazy", "0 failures, [1-9]"),
 }  # fmt: skip
-QUICK = ("lax wait", "no barrier", "no compaction")
+QUICK = ("no barrier", "no compaction")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=full) for name in DEFECTS])
