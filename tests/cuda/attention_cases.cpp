@@ -1,13 +1,13 @@
-// The attention kernels on a problem from a file, in memory without a byte to spare, against arithmetic in double precision; run
-// under sanitizers. Compiled for one type and head_dim (VOCO_T, VOCO_D); with VOCO_HOPPER for Hopper's forward alone.
+// The attention kernels on a problem from a file, in memory without a byte to spare, against arithmetic in double precision;
+// run under sanitizers. Compiled for one type and head_dim (VOCO_T, VOCO_D); with VOCO_HOPPER for Hopper's forward alone.
 //
 //     attention_cases FILE [WRONG]     prints "N failures" and "bank conflicts: N"
 //
 // WRONG does something that must be seen: "values" hides a key from the reference, "short" leaves out the last row of keys,
 // "twice" has two blocks write the same rows.
 //
-// The file holds int32 numbers: tokens, heads, group, row tiles, key tiles; then those tiles, row_index, key_index, reader_index,
-// late_index, after; tokens x tokens of the mask; and as float32 q, k, v and the gradient of out.
+// The file holds int32 numbers: tokens, heads, group, row tiles, key tiles; then those tiles, row_index, key_index,
+// reader_index, late_index, after; tokens x tokens of the mask; and as float32 q, k, v and the gradient of out.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -1,6 +1,7 @@
-// Decoding on small problems, in memory without a byte to spare, against arithmetic in double precision. Run under sanitizers; with
-// VOCO_BRIEF it does fewer of them. An argument makes something wrong, which must be seen: "short" says that a cache has a key more
-// than it has, "block" that it has a block more, "twice" puts a request into two groups, "length" is not the one of the reference.
+// Decoding on small problems, in memory without a byte to spare, against arithmetic in double precision. Run under
+// sanitizers; with VOCO_BRIEF it does fewer of them. An argument makes something wrong, which must be seen: "short" says
+// that a cache has a key more than it has, "block" that it has a block more, "twice" puts a request into two groups,
+// "length" is not the one of the reference.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

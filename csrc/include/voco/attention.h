@@ -1,8 +1,8 @@
-// Attention under the VoCo mask, forward and backward, for 16-bit numbers. No function throws; each returns a CUDA error code, 0
-// for success.
+// Attention under the VoCo mask, forward and backward, for 16-bit numbers. No function throws; each returns a CUDA error
+// code, 0 for success.
 //
-// Tiles come from voco_kernels/tiles.py, which says what their columns are: a row tile is a set of rows that share two ranges of
-// keys, a key tile a set of keys and the three ranges of rows that see them.
+// Tiles come from voco_kernels/tiles.py, which says what their columns are: a row tile is a set of rows that share two
+// ranges of keys, a key tile a set of keys and the three ranges of rows that see them.
 #pragma once
 
 #include <cstdint>
@@ -41,13 +41,13 @@ struct Arguments {
   float scale, scale_log2;       // of scores; times log2(e)
 };
 
-// Each launches `blocks` blocks on `stream` of the current device, which take every blocks-th pair of a tile and a head; any number
-// from 1 on is right. `dtype` is kFloat16 or kBFloat16, `head_dim` 64, 96, 128 or 256; else cudaErrorInvalidValue.
+// Each launches `blocks` blocks on `stream` of the current device, which take every blocks-th pair of a tile and a head; any
+// number from 1 on is right. `dtype` is kFloat16 or kBFloat16, `head_dim` 64, 96, 128 or 256; else cudaErrorInvalidValue.
 
 // Over row tiles: out and lse.
 int run_forward(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
-// The same on GPUs of compute capability 9.0, over row tiles of up to kHopperRows rows. `head_dim` is 64 or 128; where the module was
-// not compiled for sm_90a, cudaErrorNoKernelImageForDevice.
+// The same on GPUs of compute capability 9.0, over row tiles of up to kHopperRows rows. `head_dim` is 64 or 128; where the
+// module was not compiled for sm_90a, cudaErrorNoKernelImageForDevice.
 int run_hopper_forward(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
 // Over row tiles: dq and delta.
 int run_query_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);

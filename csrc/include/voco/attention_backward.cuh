@@ -1,21 +1,14 @@
-// Backward: scores are computed again from q, k and the lse of the forward (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+// Backward: scores are computed again from q, k and the lse of the forward (FlashAttention-2, arXiv 2307.08691, algorithm
+// 2).
 //
-// The gradient of q goes through the keys of a row tile, as the forward does, and the gradients of k and v through the rows that
-// see a key tile. Every element is written by one thread, in a fixed order of additions: no atomics, the same bits in every run.
+// The gradient of q goes through the keys of a row tile, as the forward does, and the gradients of k and v through the rows
+// that see a key tile. Every element is written by one thread, in a fixed order of additions: no atomics, the same bits in
+// every run.
 #pragma once
 
 #include "voco/attention_steps.cuh"
 
 namespace voco::attention {
-
-constexpr int kBackwardStep = 32;
-
-// Two tiles of kBackwardStep rows a stage; which rows they are, and up to two numbers of each.
-template <int kHeadDim, int kCount>
-struct Stages {
-  static constexpr int kTileBytes = kBackwardStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
-  static constexpr int kSlots = kCount + 1;  // those that are copied, the one that is computed, and the one that comes next
-};
 
 // ---- the gradient of q -------------------------------------------------------------------------------------------------
 
@@ -23,11 +16,11 @@ template <int kHeadDim>
 struct QueryGradient {
   static constexpr int kWarps = kTileRows / 16, kThreads = 32 * kWarps, kStages = kHeadDim <= 128 ? 3 : 2;
   static constexpr bool kInRegisters = kHeadDim <= 128;
-  using Stage = Stages<kHeadDim, kStages>;
   static constexpr int kRowBytes = kInRegisters ? 0 : kTileRows * kHeadDim * 2;  // of the queries, and of the gradients
-  using KeySteps = Steps<2, kBackwardStep>;
-  static constexpr int kSharedBytes = 2 * kRowBytes + kStages * Stage::kStageBytes + sizeof(KeySteps) +
-                                      (Stage::kSlots * kBackwardStep + kTileRows) * sizeof(int);
+
+  template <class T>
+  using Pipeline = KeyPipeline<T, kHeadDim, kWarps, kStages, 2>;
+  static constexpr int kSharedBytes = 2 * kRowBytes + Pipeline<__half>::kSharedBytes;
 };
 
 template <class T, int kHeadDim>
@@ -62,7 +55,7 @@ struct QueryState {
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] = exp2_approx(fma_rn(scores[n][i], scale, -lse[i / 2]));
     }
-    if (tokens[kBackwardStep - 1] > rows[0]) hide(scores, tokens);
+    if (tokens[31] > rows[0]) hide(scores, tokens);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -95,40 +88,21 @@ struct QueryState {
 template <class T, int kHeadDim>
 __device__ void query_gradient_tile(const Arguments& args, const int* columns, int head) {
   using Shape = QueryGradient<kHeadDim>;
-  using Stage = typename Shape::Stage;
-  constexpr int kStages = Shape::kStages;
   char* shared = shared_memory<char>();
   const uint32_t query_tile = smem_address(shared), grad_tile = query_tile + Shape::kRowBytes;
-  const uint32_t stages = grad_tile + Shape::kRowBytes;
-  auto& steps = *reinterpret_cast<typename Shape::KeySteps*>(shared + 2 * Shape::kRowBytes + kStages * Stage::kStageBytes);
-  int* row_tokens = reinterpret_cast<int*>(&steps + 1);
-  int* tokens = row_tokens + kTileRows;
+  const typename Shape::template Pipeline<T> pipeline(args, head / args.group, shared + 2 * Shape::kRowBytes);
   const TileRows rows(args.plan, columns);
-  const auto first_steps = keys_of<kBackwardStep>(args.plan, columns);
-  const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
+  const int warp = warp_id(), lane = lane_id();
 
-  const auto copy_step = [&](int step) {
-    if (step < steps.size()) {
-      const uint32_t stage = stages + step % kStages * Stage::kStageBytes;
-      const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
-      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads>(stage, args.k, key_head, of_step);
-      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads>(stage + Stage::kTileBytes, args.v, key_head, of_step);
-    }
-    cp_async_commit();
-  };
-
-  for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
-  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kBackwardStep + lane] = first_steps.token(step, lane);
-  if (threadIdx.x == 0) steps = first_steps;
-  sync_block();
+  pipeline.open(rows, columns);
   if constexpr (!Shape::kInRegisters) {
-    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
-    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(grad_tile, args.grad_out, head, row_tokens);
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, pipeline.rows);
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(grad_tile, args.grad_out, head, pipeline.rows);
   }
-  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+  pipeline.start();
 
   QueryState<T, kHeadDim> state;
-  state.rows = row_tokens + 16 * warp;
+  state.rows = pipeline.rows + 16 * warp;
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
@@ -144,30 +118,26 @@ __device__ void query_gradient_tile(const Arguments& args, const int* columns, i
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int place = 16 * warp + 8 * half + lane / 4, row = row_tokens[place];
+    const int place = 16 * warp + 8 * half + lane / 4, row = pipeline.rows[place];
     const int64_t of_head = int64_t{head} * args.num_tokens + row;
     state.lse[half] = args.lse[of_head] * kLog2E;
     state.delta[half] = dot_rows<T, kHeadDim>(row_of<T>(args.out, row, head), row_of<T>(args.grad_out, row, head));
     if (lane % 4 == 0 && place < rows.count) args.delta[of_head] = state.delta[half];
   }
 
-  for (int step = 0; step < steps.size(); ++step) {
-    cp_async_wait<kStages - 2>();
-    sync_block();
-    // Looked up one step before it is copied.
-    int upcoming = kAbsent;
-    if (warp == 0) upcoming = steps.token(step + kStages, lane);
-    copy_step(step + kStages - 1);
-    const uint32_t keys = stages + step % kStages * Stage::kStageBytes;
-    const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
-    if (16 * warp < rows.count && of_step[0] <= state.rows[15]) state.attend(keys, keys + Stage::kTileBytes, of_step, args.scale_log2);
-    if (warp == 0) tokens[(step + kStages) % Stage::kSlots * kBackwardStep + lane] = upcoming;
+  for (int step = 0; step < pipeline.steps.size(); ++step) {
+    const int upcoming = pipeline.arrive(step);
+    const int* tokens = pipeline.of_step(step);
+    if (16 * warp < rows.count && tokens[0] <= state.rows[15]) {
+      state.attend(pipeline.keys(step), pipeline.values(step), tokens, args.scale_log2);
+    }
+    pipeline.keep(step, upcoming);
   }
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int place = 16 * warp + 8 * half + lane / 4;
-    T* row = row_of<T>(args.dq, row_tokens[place], head);
+    T* row = row_of<T>(args.dq, pipeline.rows[place], head);
     store_sums<T, kHeadDim>(row, state.sums, half, args.scale, place < rows.count);
   }
 }
@@ -194,13 +164,13 @@ struct KeyGradient {
   // At 256 a warp has no registers for both gradients: half of the warps sum up dk, the others dv.
   static constexpr bool kSplit = kHeadDim > 128, kInRegisters = !kSplit;
   static constexpr int kKeyWarps = kTileKeys / 16, kWarps = kKeyWarps * (kSplit ? 2 : 1), kThreads = 32 * kWarps;
-  static constexpr int kStages = 2;
-  using Stage = Stages<kHeadDim, kStages>;
+  static constexpr int kStep = 32, kStages = 2, kTileBytes = kStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
+  static constexpr int kSlots = kStages + 1;  // as in KeyPipeline
   static constexpr int kKeyBytes = kInRegisters ? 0 : kTileKeys * kHeadDim * 2;  // of the keys, and of the values
-  using RowSteps = Steps<3, kBackwardStep>;
+  using RowSteps = Steps<3, kStep>;
   // Of the rows: token, lse, delta. Of the keys: token, and the first token behind the segment.
-  static constexpr int kSharedBytes = 2 * kKeyBytes + kStages * Stage::kStageBytes + sizeof(RowSteps) +
-                                      (3 * Stage::kSlots * kBackwardStep + 2 * kTileKeys) * sizeof(int);
+  static constexpr int kSharedBytes = 2 * kKeyBytes + kStages * kStageBytes + sizeof(RowSteps) +
+                                      (3 * kSlots * kStep + 2 * kTileKeys) * sizeof(int);
 };
 
 // What of the rows of a step is needed beside the rows themselves.
@@ -210,8 +180,8 @@ struct RowNumbers {
   float* delta;
 };
 
-// Which rows see each of a warp's 16 keys: from low to before high. Own rows do from the key on, late rows until the segment ends,
-// and readers from there.
+// Which rows see each of a warp's 16 keys: from low to before high. Own rows do from the key on, late rows until the segment
+// ends, and readers from there.
 struct KeyLimits {
   const int* keys;  // tokens; kTileKeys further on, the first token behind the segment
   bool is_late, is_reader;
@@ -229,8 +199,8 @@ struct KeyState {
   bool is_dv;                                          // where they are split
 
   // Takes 16 rows in.
-  __device__ void collect(uint32_t queries, uint32_t grads, int row, const RowNumbers& numbers, bool masked, const KeyLimits& limits,
-                          float scale) {
+  __device__ void collect(uint32_t queries, uint32_t grads, int row, const RowNumbers& numbers, bool masked,
+                          const KeyLimits& limits, float scale) {
     float weights[2][4] = {};
     multiply(weights, keys, queries, row);
     const int column = row + lane_id() % 4 * 2;
@@ -292,12 +262,11 @@ struct KeyState {
 template <class T, int kHeadDim>
 __device__ void key_gradient_tile(const Arguments& args, const int* columns, int key_head) {
   using Shape = KeyGradient<kHeadDim>;
-  using Stage = typename Shape::Stage;
-  constexpr int kStages = Shape::kStages, kSlotSize = Stage::kSlots * kBackwardStep;
+  constexpr int kStages = Shape::kStages, kStep = Shape::kStep, kSlotSize = Shape::kSlots * kStep;
   char* shared = shared_memory<char>();
   const uint32_t key_tile = smem_address(shared), value_tile = key_tile + Shape::kKeyBytes;
   const uint32_t stages = value_tile + Shape::kKeyBytes;
-  auto& steps = *reinterpret_cast<typename Shape::RowSteps*>(shared + 2 * Shape::kKeyBytes + kStages * Stage::kStageBytes);
+  auto& steps = *reinterpret_cast<typename Shape::RowSteps*>(shared + 2 * Shape::kKeyBytes + kStages * Shape::kStageBytes);
   int* key_tokens = reinterpret_cast<int*>(&steps + 1);
   int* after = key_tokens + kTileKeys;
   int* tokens = after + kTileKeys;
@@ -331,15 +300,15 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
     return reinterpret_cast<const int*>(warp == 1 ? args.lse : args.delta)[at];
   };
   const auto keep = [&](int step, int number) {
-    if (warp < 3) tokens[warp * kSlotSize + step % Stage::kSlots * kBackwardStep + lane] = number;
+    if (warp < 3) tokens[warp * kSlotSize + step % Shape::kSlots * kStep + lane] = number;
   };
   const auto copy_step = [&](int step) {
     if (step < all) {
       const int head = key_head * args.group + step / of_head;
-      const uint32_t stage = stages + step % kStages * Stage::kStageBytes;
-      const int* of_step = tokens + step % Stage::kSlots * kBackwardStep;
-      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads, 2>(stage, args.q, head, of_step);
-      copy_rows<T, kHeadDim, kBackwardStep, Shape::kThreads, 2>(stage + Stage::kTileBytes, args.grad_out, head, of_step);
+      const uint32_t stage = stages + step % kStages * Shape::kStageBytes;
+      const int* of_step = tokens + step % Shape::kSlots * kStep;
+      copy_rows<T, kHeadDim, kStep, Shape::kThreads, 2>(stage, args.q, head, of_step);
+      copy_rows<T, kHeadDim, kStep, Shape::kThreads, 2>(stage + Shape::kTileBytes, args.grad_out, head, of_step);
     }
     cp_async_commit();
   };
@@ -378,17 +347,17 @@ __device__ void key_gradient_tile(const Arguments& args, const int* columns, int
     // Looked up one step before it is copied.
     const int upcoming = look_up(step + kStages);
     copy_step(step + kStages - 1);
-    const uint32_t queries = stages + step % kStages * Stage::kStageBytes;
-    const int slot = step % Stage::kSlots * kBackwardStep, in_head = step % of_head;
+    const uint32_t queries = stages + step % kStages * Shape::kStageBytes;
+    const int slot = step % Shape::kSlots * kStep, in_head = step % of_head;
     const RowNumbers numbers = {tokens + slot, lse + slot, delta + slot};
     const bool is_reader = in_head >= steps.first[2];
     const KeyLimits limits = {key_tokens + first, !is_reader && in_head >= steps.first[1], is_reader};
 #pragma unroll 1
-    for (int row = 0; row < kBackwardStep; row += 16) {
+    for (int row = 0; row < kStep; row += 16) {
       const int first_row = numbers.tokens[row], last_row = numbers.tokens[row + 15];
       if (first >= count || last_row < limits.low(0) || first_row >= limits.high(15)) continue;
       const bool masked = first_row < limits.low(15) || last_row >= limits.high(0);
-      state.collect(queries, queries + Stage::kTileBytes, row, numbers, masked, limits, args.scale_log2);
+      state.collect(queries, queries + Shape::kTileBytes, row, numbers, masked, limits, args.scale_log2);
     }
     keep(step + kStages, upcoming);
   }

@@ -1,9 +1,10 @@
-// Forward: softmax(q k^T) v over the two ranges of keys of a row tile, with an online softmax (FlashAttention-2, arXiv 2307.08691).
+// Forward: softmax(q k^T) v over the two ranges of keys of a row tile, with an online softmax (FlashAttention-2, arXiv
+// 2307.08691).
 //
 // A block of few warps has a tile of 64 rows and goes through its keys 32 at a time; copies of the next steps are under way
-// meanwhile. A warp has 32 rows at head_dim up to 128: each key that it reads from shared memory then serves two products, without
-// which the reads would take longer than the products. Warps decide for themselves, by their own rows, which steps need a mask
-// and which they have nothing to do in, so that a ragged tile costs what its rows cost.
+// meanwhile. A warp has 32 rows at head_dim up to 128: each key that it reads from shared memory then serves two products,
+// without which the reads would take longer than the products. Warps decide for themselves, by their own rows, which steps
+// need a mask and which they have nothing to do in, so that a ragged tile costs what its rows cost.
 #pragma once
 
 #include "voco/attention_steps.cuh"
@@ -15,18 +16,14 @@ template <int kHeadDim>
 struct Forward {
   // Tiles of 16 rows of a warp; at 256 the accumulator of one fills half of the registers.
   static constexpr int kTiles = kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kWarps = kTileRows / (16 * kTiles), kThreads = 32 * kWarps;
-  static constexpr int kKeys = 32, kStages = kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kWarps = kTileRows / (16 * kTiles), kThreads = 32 * kWarps, kStages = kHeadDim <= 96 ? 3 : 2;
   // From 128 on the accumulators leave no registers for the queries.
   static constexpr bool kQueriesInRegisters = kHeadDim < 128;
-
-  static constexpr int kTileBytes = kKeys * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : kTileRows * kHeadDim * 2;
-  // Tokens of the steps that are copied, of the one that is computed, and of the one that comes next.
-  static constexpr int kSlots = kStages + 1;
-  using KeySteps = Steps<2, kKeys>;
-  static constexpr int kSharedBytes =
-      kQueryBytes + kStages * kStageBytes + sizeof(KeySteps) + (kSlots * kKeys + kTileRows) * sizeof(int);
+
+  template <class T>
+  using Pipeline = KeyPipeline<T, kHeadDim, kWarps, kStages>;
+  static constexpr int kSharedBytes = kQueryBytes + Pipeline<__half>::kSharedBytes;
 };
 
 // A warp's rows while it goes through the keys.
@@ -40,7 +37,7 @@ struct RowState {
   float scale;      // of scores, with log2(e)
   Operand<kHeadDim, Shape::kQueriesInRegisters> queries[kTiles];
 
-  // Takes 32 keys in; kUsed of the warp's tiles have rows.
+  // Takes a step's keys in; kUsed of the warp's tiles have rows.
   template <int kUsed>
   __device__ void attend(uint32_t keys, uint32_t values, const int* tokens) {
     float scores[kUsed][4][4] = {};
@@ -57,7 +54,7 @@ struct RowState {
         for (int n = 0; n < 4; ++n) mma_m16n8k16<T>(scores[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
       }
     }
-    if (tokens[Shape::kKeys - 1] > rows[0]) hide<kUsed>(scores, tokens);
+    if (tokens[31] > rows[0]) hide<kUsed>(scores, tokens);
 #pragma unroll
     for (int m = 0; m < kUsed; ++m) softmax[m].weigh(scores[m], scale);
 #pragma unroll
@@ -102,40 +99,24 @@ struct RowState {
 template <class T, int kHeadDim>
 __device__ void forward_tile(const Arguments& args, const int* columns, int head) {
   using Shape = Forward<kHeadDim>;
-  constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kStages = Shape::kStages;
+  constexpr int kTiles = Shape::kTiles;
   char* shared = shared_memory<char>();
-  const uint32_t query_tile = smem_address(shared), stages = query_tile + Shape::kQueryBytes;
-  auto& steps = *reinterpret_cast<typename Shape::KeySteps*>(shared + Shape::kQueryBytes + kStages * Shape::kStageBytes);
-  int* row_tokens = reinterpret_cast<int*>(&steps + 1);
-  int* tokens = row_tokens + kTileRows;
+  const uint32_t query_tile = smem_address(shared);
+  const typename Shape::template Pipeline<T> pipeline(args, head / args.group, shared + Shape::kQueryBytes);
   const TileRows rows(args.plan, columns);
-  const auto first_steps = keys_of<kKeys>(args.plan, columns);
-  const int warp = warp_id(), lane = lane_id(), key_head = head / args.group;
+  const int warp = warp_id(), lane = lane_id();
 
-  const auto copy_step = [&](int step) {
-    if (step < steps.size()) {
-      const uint32_t stage = stages + step % kStages * Shape::kStageBytes;
-      const int* of_step = tokens + step % Shape::kSlots * kKeys;
-      copy_rows<T, kHeadDim, kKeys, Shape::kThreads>(stage, args.k, key_head, of_step);
-      copy_rows<T, kHeadDim, kKeys, Shape::kThreads>(stage + Shape::kTileBytes, args.v, key_head, of_step);
-    }
-    cp_async_commit();
-  };
-
-  for (int i = threadIdx.x; i < kTileRows; i += Shape::kThreads) row_tokens[i] = rows.row(i);
-  for (int step = warp; step < kStages; step += Shape::kWarps) tokens[step * kKeys + lane] = first_steps.token(step, lane);
-  if (threadIdx.x == 0) steps = first_steps;
-  sync_block();
+  pipeline.open(rows, columns);
   if constexpr (!Shape::kQueriesInRegisters) {
-    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, row_tokens);
+    copy_rows<T, kHeadDim, kTileRows, Shape::kThreads>(query_tile, args.q, head, pipeline.rows);
   }
-  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+  pipeline.start();
 
   RowState<T, kHeadDim> state;
   for (auto& part : state.softmax) part.clear();
   state.scale = args.scale_log2;
   const int first = 16 * kTiles * warp, used = (rows.count - first + 15) / 16;
-  state.rows = row_tokens + first;
+  state.rows = pipeline.rows + first;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     if constexpr (Shape::kQueriesInRegisters) {
@@ -146,23 +127,17 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
     }
   }
 
-  for (int step = 0; step < steps.size(); ++step) {
-    cp_async_wait<kStages - 2>();
-    sync_block();
-    // Looked up one step before it is copied.
-    int upcoming = kAbsent;
-    if (warp == 0) upcoming = steps.token(step + kStages, lane);
-    copy_step(step + kStages - 1);
-    const uint32_t keys = stages + step % kStages * Shape::kStageBytes, values = keys + Shape::kTileBytes;
-    const int* of_step = tokens + step % Shape::kSlots * kKeys;
-    if (used > 0 && of_step[0] <= state.rows[16 * kTiles - 1]) {
+  for (int step = 0; step < pipeline.steps.size(); ++step) {
+    const int upcoming = pipeline.arrive(step);
+    const int* tokens = pipeline.of_step(step);
+    if (used > 0 && tokens[0] <= state.rows[16 * kTiles - 1]) {
       if (kTiles == 2 && used > 1) {
-        state.template attend<kTiles>(keys, values, of_step);
+        state.template attend<kTiles>(pipeline.keys(step), pipeline.values(step), tokens);
       } else {
-        state.template attend<1>(keys, values, of_step);
+        state.template attend<1>(pipeline.keys(step), pipeline.values(step), tokens);
       }
     }
-    if (warp == 0) tokens[(step + kStages) % Shape::kSlots * kKeys + lane] = upcoming;
+    pipeline.keep(step, upcoming);
   }
 
 #pragma unroll
@@ -177,17 +152,19 @@ __device__ void forward_tile(const Arguments& args, const int* columns, int head
       const float factor = sum == 0 ? 0 : 1 / sum;
       store_sums<T, kHeadDim>(row_of<T>(args.out, row, head), state.softmax[m].out, half, factor, place < rows.count);
       if (lane % 4 == 0 && place < rows.count) {
-        args.lse[int64_t{head} * args.num_tokens + row] = sum == 0 ? -kInfinity : (state.softmax[m].highest[half] + log2f(sum)) * kLn2;
+        const float highest = state.softmax[m].highest[half];
+        args.lse[int64_t{head} * args.num_tokens + row] = sum == 0 ? -kInfinity : (highest + log2f(sum)) * kLn2;
       }
     }
   }
 }
 
-// q, out [N, heads, D]; k, v [N, heads / group, D]; lse [heads, N]. A block takes every gridDim.x-th pair of a tile and a head; all
-// heads of a tile are neighbours, since they read the same rows of memory, and with groups the same keys.
+// q, out [N, heads, D]; k, v [N, heads / group, D]; lse [heads, N]. A block takes every gridDim.x-th pair of a tile and a
+// head; all heads of a tile are neighbours, since they read the same rows of memory, and with groups the same keys.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(Forward<kHeadDim>::kThreads) forward_kernel(const __grid_constant__ Arguments args) {
-  for_each_pair<8>(args.plan, args.heads, [&](const int* columns, int head) { forward_tile<T, kHeadDim>(args, columns, head); });
+  for_each_pair<8>(args.plan, args.heads,
+                   [&](const int* columns, int head) { forward_tile<T, kHeadDim>(args, columns, head); });
 }
 
 template <class T, int kHeadDim>

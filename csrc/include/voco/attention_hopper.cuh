@@ -1,9 +1,9 @@
 // Forward on Hopper: the same arithmetic as attention_forward.cuh, in the form of FlashAttention-3 (arXiv 2407.08608).
 //
-// A block has two consumer warpgroups of 64 rows each, and a producer warpgroup that brings keys and values, 64 tokens a step,
-// into a ring of stages: by TMA where 64 tokens are neighbours (in the own range), by cp.async where an index names them (the public
-// range). A consumer computes the scores of the next step while the weights of this one are multiplied with the values. Blocks go
-// on to further tiles, so the producer is ahead of the consumers there, too.
+// A block has two consumer warpgroups of 64 rows each, and a producer warpgroup that brings keys and values, 64 tokens a
+// step, into a ring of stages: by TMA where 64 tokens are neighbours (in the own range), by cp.async where an index names
+// them (the public range). A consumer computes the scores of the next step while the weights of this one are multiplied with
+// the values. Blocks go on to further tiles, so the producer is ahead of the consumers there, too.
 #pragma once
 
 #include "voco/attention_steps.cuh"
@@ -18,8 +18,8 @@ struct HopperForward {
   // A tile has 64 columns of all keys of a step: 128 bytes a row, as TMA and wgmma want them.
   static constexpr int kTiles = kHeadDim / 64, kTileBytes = kKeys * 128, kStageBytes = 2 * kTiles * kTileBytes;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kSharedBytes =
-      kSwizzledTile + kStages * (kStageBytes + kKeys * static_cast<int>(sizeof(int)) + 2 * static_cast<int>(sizeof(uint64_t)));
+  static constexpr int kNumbersBytes = kKeys * sizeof(int) + 2 * sizeof(uint64_t);  // of a stage: tokens and barriers
+  static constexpr int kSharedBytes = kSwizzledTile + kStages * (kStageBytes + kNumbersBytes);
   static_assert(kHeadDim % 64 == 0, "TMA copies 64 columns at a time");
 };
 
@@ -129,7 +129,8 @@ struct Producer {
       upcoming = i + 1 < steps.size() ? steps.token(i + 1, lane) : kAbsent;
       const Range& own = steps.ranges[1];
       const int first = own.begin + (i - steps.first[1]) * Shape::kKeys;
-      // What lies behind the own range may be NaN, which a weight of 0 does not hide: a last step that is not full gets zeros.
+      // What lies behind the own range may be NaN, which a weight of 0 does not hide: a last step that is not full gets
+      // zeros.
       if (i < steps.first[1] || first + Shape::kKeys > own.end) {
         gather(key_head);
       } else {
@@ -257,7 +258,8 @@ struct Consumer {
 
 // One tile of a consumer warpgroup, whose first step is `step`; the steps of the tile behind it are over then.
 template <class T, int kHeadDim>
-__device__ void consume(const Arguments& args, const Ring<kHeadDim>& ring, const int* columns, int head, int first, int& step) {
+__device__ void consume(const Arguments& args, const Ring<kHeadDim>& ring, const int* columns, int head, int first,
+                        int& step) {
   using Shape = HopperForward<kHeadDim>;
   const TileRows rows(args.plan, columns);
   const int end = step + keys_of<Shape::kKeys>(args.plan, columns).size();

@@ -1,4 +1,5 @@
-// Which instances of the attention kernels there are. Each kernel is launched in a file of its own, so that they compile in parallel.
+// Which instances of the attention kernels there are. Each kernel is launched in a file of its own, so that they compile in
+// parallel.
 #pragma once
 
 #include "voco/attention.h"

@@ -1,7 +1,7 @@
 // What the attention kernels share: the tokens of a tile, and the pipeline that brings what a tile meets into shared memory.
 //
-// A tile meets up to three ranges of tokens, one after the other, kStep tokens at a time. Each token that a step has no more of is
-// kAbsent: larger than any token, so that within a step tokens always rise.
+// A tile meets up to three ranges of tokens, one after the other, kStep tokens at a time. Each token that a step has no more
+// of is kAbsent: larger than any token, so that within a step tokens always rise.
 #pragma once
 
 #include "voco/attention.h"
@@ -14,8 +14,8 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kInfinityBits = 0x7f800000;
 
-// body(columns of the tile, head) for every gridDim.x-th pair of a tile and a head. All heads of a tile are neighbours in the grid,
-// since they read the same rows of memory, and with groups the same keys.
+// body(columns of the tile, head) for every gridDim.x-th pair of a tile and a head. All heads of a tile are neighbours in
+// the grid, since they read the same rows of memory, and with groups the same keys.
 template <int kColumns, class Body>
 __device__ inline void for_each_pair(const Plan& plan, int heads, Body body) {
   // Not in a register, of which the body needs all.
@@ -46,8 +46,8 @@ struct Range {
   int begin, end;
 };
 
-// The ranges of a tile, cut into steps of kStep tokens; the last step of a range may have fewer. It lies in shared memory while
-// the steps are gone through: in registers it would take more than the products leave.
+// The ranges of a tile, cut into steps of kStep tokens; the last step of a range may have fewer. It lies in shared memory
+// while the steps are gone through: in registers it would take more than the products leave.
 template <int kRanges, int kStep>
 struct Steps {
   Range ranges[kRanges];
@@ -179,8 +179,8 @@ __device__ inline float dot_rows(const T* a, const T* b) {
   return sum + shfl_xor(sum, 2);
 }
 
-// Copies the rows of one head of kRows tokens into a tile in shared memory; those of kAbsent become zeros. kUnroll copies are
-// prepared at a time: more of them wait less for their tokens, and take more registers.
+// Copies the rows of one head of kRows tokens into a tile in shared memory; those of kAbsent become zeros. kUnroll copies
+// are prepared at a time: more of them wait less for their tokens, and take more registers.
 template <class T, int kHeadDim, int kRows, int kThreads, int kUnroll = 4>
 __device__ inline void copy_rows(uint32_t tile, const Rows& rows, int64_t head, const int* tokens) {
   constexpr int kChunks = kHeadDim / 8, kTurns = kRows * kChunks / kThreads;
@@ -193,5 +193,69 @@ __device__ inline void copy_rows(uint32_t tile, const Rows& rows, int64_t head, 
     cp_async16(tile + chunk_at<kHeadDim>(row, chunk), present ? first + token * rows.token + chunk * 8 : first, present);
   }
 }
+
+// The keys that a row tile meets, on their way through shared memory: kStages stages of kStep keys and values. It also holds
+// the tokens of the tile's rows. kUnroll is that of copy_rows.
+template <class T, int kHeadDim, int kWarps, int kStages, int kUnroll = 4>
+struct KeyPipeline {
+  static constexpr int kStep = 32, kTileBytes = kStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes, kThreads = 32 * kWarps;
+  // Tokens of the steps that are copied, of the one that is computed, and of the one that comes next.
+  static constexpr int kSlots = kStages + 1;
+  using KeySteps = Steps<2, kStep>;
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + sizeof(KeySteps) + (kSlots * kStep + kTileRows) * static_cast<int>(sizeof(int));
+
+  const Arguments& args;
+  const int key_head;
+  uint32_t stages;
+  KeySteps& steps;
+  int *rows, *tokens;
+
+  __device__ KeyPipeline(const Arguments& args, int key_head, char* shared)
+      : args(args),
+        key_head(key_head),
+        stages(smem_address(shared)),
+        steps(*reinterpret_cast<KeySteps*>(shared + kStages * kStageBytes)),
+        rows(reinterpret_cast<int*>(&steps + 1)),
+        tokens(rows + kTileRows) {}
+
+  __device__ uint32_t keys(int step) const { return stages + step % kStages * kStageBytes; }
+  __device__ uint32_t values(int step) const { return keys(step) + kTileBytes; }
+  __device__ int* of_step(int step) const { return tokens + step % kSlots * kStep; }
+
+  // Looks up rows and the first steps; then copies may begin.
+  __device__ void open(const TileRows& tile, const int* columns) const {
+    const auto all = keys_of<kStep>(args.plan, columns);
+    for (int i = threadIdx.x; i < kTileRows; i += kThreads) rows[i] = tile.row(i);
+    for (int step = warp_id(); step < kStages; step += kWarps) of_step(step)[lane_id()] = all.token(step, lane_id());
+    if (threadIdx.x == 0) steps = all;
+    sync_block();
+  }
+  __device__ void start() const {
+    for (int step = 0; step < kStages - 1; ++step) copy(step);
+  }
+  // When it returns, a step is there, and the next ones are under way. Returns what keep() needs when the step is done: warp
+  // 0 looks up tokens one step before they are copied.
+  __device__ int arrive(int step) const {
+    cp_async_wait<kStages - 2>();
+    sync_block();
+    int upcoming = kAbsent;
+    if (warp_id() == 0) upcoming = steps.token(step + kStages, lane_id());
+    copy(step + kStages - 1);
+    return upcoming;
+  }
+  __device__ void keep(int step, int upcoming) const {
+    if (warp_id() == 0) of_step(step + kStages)[lane_id()] = upcoming;
+  }
+
+ private:
+  __device__ void copy(int step) const {
+    if (step < steps.size()) {
+      copy_rows<T, kHeadDim, kStep, kThreads, kUnroll>(keys(step), args.k, key_head, of_step(step));
+      copy_rows<T, kHeadDim, kStep, kThreads, kUnroll>(values(step), args.v, key_head, of_step(step));
+    }
+    cp_async_commit();
+  }
+};
 
 }  // namespace voco::attention

@@ -1,8 +1,8 @@
-// Tiles of rows of bytes (int8, or float8 e4m3), in swizzled shared memory, and what tensor cores take of them: 16-bit numbers,
-// which are made in registers.
+// Tiles of rows of bytes (int8, or float8 e4m3), in swizzled shared memory, and what tensor cores take of them: 16-bit
+// numbers, which are made in registers.
 //
-// ldmatrix cannot take single bytes apart, so lanes load neighbouring bytes of a row, and products are permuted to fit: in q k^T
-// the depth (those are columns of a key), in the weights' product with v the order of the results' columns.
+// ldmatrix cannot take single bytes apart, so lanes load neighbouring bytes of a row, and products are permuted to fit: in q
+// k^T the depth (those are columns of a key), in the weights' product with v the order of the results' columns.
 #pragma once
 
 #include "voco/mma_tile.cuh"
@@ -13,15 +13,16 @@ namespace voco {
 template <int kColumns>
 constexpr int kByteStride = kColumns == 64 ? 64 : (kColumns + 127) / 128 * 128;
 
-// The place among rows that a row has, and the row that has a place. Two rows of 64 fill all banks, and of every four the middle
-// ones have changed places.
+// The place among rows that a row has, and the row that has a place. Two rows of 64 fill all banks, and of every four the
+// middle ones have changed places.
 template <int kColumns>
 __device__ inline int byte_row(int row) {
   return kColumns == 64 ? row / 4 * 4 + row % 2 * 2 + row / 2 % 2 : row;
 }
 
-// The place of a byte: chunks of 16 stay together. Among eight rows that follow each other, four that do so, and four at a distance
-// of two, have a pair of chunks each (32 bytes) in four different groups of banks, which is what loads below read in a cycle.
+// The place of a byte: chunks of 16 stay together. Among eight rows that follow each other, four that do so, and four at a
+// distance of two, have a pair of chunks each (32 bytes) in four different groups of banks, which is what loads below read
+// in a cycle.
 template <int kColumns>
 __device__ inline uint32_t byte_at(int row, int column) {
   const int swizzle = row % 4 ^ row / 4 % 2;
@@ -35,8 +36,8 @@ struct Bytes;
 template <>
 struct Bytes<int8_t> {
   static constexpr float kUnit = 1;
-  // Values' scales are multiplied by it before weights are rounded, so that weights in float16 are as large as with values that are
-  // not quantised: a row's largest byte is 127.
+  // Values' scales are multiplied by it before weights are rounded, so that weights in float16 are as large as with values
+  // that are not quantised: a row's largest byte is 127.
   static constexpr float kLargest = 128;
 
   template <class T>
@@ -68,8 +69,8 @@ struct Bytes<__nv_fp8_e4m3> {
   static constexpr float kUnit = 1.0f / 256;
   static constexpr float kLargest = 1;  // 448 / 256
 
-  // The bits of exponent and mantissa, moved to where the wider type has them: its exponent is larger by 8, or by 120. NaN, which
-  // quantised numbers never are, becomes 480.
+  // The bits of exponent and mantissa, moved to where the wider type has them: its exponent is larger by 8, or by 120. NaN,
+  // which quantised numbers never are, becomes 480.
   template <class T>
   __device__ static void widen(uint32_t (&words)[2], uint32_t bytes) {
     words[0] = moved<T>(permute_bytes(bytes, 0, 0x1404));
@@ -93,8 +94,9 @@ struct Bytes<__nv_fp8_e4m3> {
 
 // ---- q k^T -------------------------------------------------------------------------------------------------------------
 
-// 16 rows of queries as operand A against keys of bytes: a lane keeps them in shared memory of its own, in the order in which it
-// takes them, 16 bytes at a time. Of the depth, columns 32 j + 8 t to 32 j + 8 t + 7 are lane t's in steps 2 j and 2 j + 1.
+// 16 rows of queries as operand A against keys of bytes: a lane keeps them in shared memory of its own, in the order in
+// which it takes them, 16 bytes at a time. Of the depth, columns 32 j + 8 t to 32 j + 8 t + 7 are lane t's in steps 2 j and
+// 2 j + 1.
 template <int kHeadDim>
 struct ByteQueries {
   static constexpr int kBytes = 16 * kHeadDim * 2;

@@ -1,9 +1,9 @@
 // Decoding, split over keys (FlashDecoding) and with a prefix that a group of requests reads together (cascade attention).
 //
-// An item is a head of keys, a block of up to 64 rows, and a split of a range of keys. Rows are pairs of a query token and one of
-// the query heads that share the head of keys: of one request over its own keys, or of all requests of a group over their prefix, so
-// that tensor cores have rows to multiply, and a key is read once for all of them. A block of threads takes one item, 32 keys at a
-// time, and leaves float32 results; a second kernel merges those of all splits.
+// An item is a head of keys, a block of up to 64 rows, and a split of a range of keys. Rows are pairs of a query token and
+// one of the query heads that share the head of keys: of one request over its own keys, or of all requests of a group over
+// their prefix, so that tensor cores have rows to multiply, and a key is read once for all of them. A block of threads takes
+// one item, 32 keys at a time, and leaves float32 results; a second kernel merges those of all splits.
 #pragma once
 
 #include "voco/decode_keys.cuh"
@@ -20,8 +20,8 @@ constexpr int kMergeThreads = 128;
 template <class Stored, int kHeadDim>
 struct Shape {
   static constexpr bool kOfBytes = sizeof(Stored) == 1;
-  // Tiles of 16 rows of a warp: each key that it reads from shared memory serves two products, but at 256 the results of one tile
-  // fill half of the registers.
+  // Tiles of 16 rows of a warp: each key that it reads from shared memory serves two products, but at 256 the results of one
+  // tile fill half of the registers.
   static constexpr int kTiles = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarps = kTileRows / (16 * kTiles), kThreads = 32 * kWarps;
   // Of bytes there are twice as many stages in as much memory.
@@ -41,7 +41,8 @@ struct ItemRows {
   int request, begin, count;  // the first request of the group
   int key_head;
 
-  // Where a query token's head is: the request, and the row number among all of the launch. Behind the last one is that one again.
+  // Where a query token's head is: the request, and the row number among all of the launch. Behind the last one is that one
+  // again.
   __device__ int64_t number(const Arguments& args, int i, int* request, int* token, int* head) const {
     const int row = begin + min(i, count - 1), per_request = args.tokens * args.group, in_request = row % per_request;
     *request = this->request + row / per_request;
@@ -310,7 +311,8 @@ __host__ __device__ inline int prefix_blocks(const Arguments& args) {
   return static_cast<int>(int64_t{args.requests} * args.tokens * args.group / kTileRows) + args.prefix.groups;
 }
 
-// Finds the group that has block `block` of the rows of all groups, and makes `block` its number there; -1 where there are fewer.
+// Finds the group that has block `block` of the rows of all groups, and makes `block` its number there; -1 where there are
+// fewer.
 __device__ inline int find_group(const Arguments& args, int* block) {
   const int per_request = args.tokens * args.group;
   for (int base = 0; base < args.prefix.groups; base += 32) {
@@ -338,7 +340,8 @@ __device__ inline int find_group(const Arguments& args, int* block) {
   return -1;
 }
 
-// A block of threads is an item: those of prefixes first, which have more to do. Blocks of rows of the same keys are neighbours.
+// A block of threads is an item: those of prefixes first, which have more to do. Blocks of rows of the same keys are
+// neighbours.
 template <class T, class Stored, int kHeadDim>
 __global__ void __launch_bounds__(Shape<T, kHeadDim>::kThreads) split_kernel(const __grid_constant__ Arguments args) {
   const int key_heads = args.heads / args.group, per_request = args.tokens * args.group;

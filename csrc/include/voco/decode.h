@@ -1,9 +1,9 @@
-// Decoding: the newest tokens of many requests over their own keys, and over a prefix that a group of requests shares, for 16-bit
-// numbers. No function throws; each returns a CUDA error code, 0 for success.
+// Decoding: the newest tokens of many requests over their own keys, and over a prefix that a group of requests shares, for
+// 16-bit numbers. No function throws; each returns a CUDA error code, 0 for success.
 //
-// Keys are cut into splits, whose results are merged by their log-sum-exp. What splits there are is the caller's choice and part
-// of the launch; lengths, tables and groups are read on the device, so that a CUDA graph may be replayed with others. What they
-// say beyond the memory that they speak of is cut off.
+// Keys are cut into splits, whose results are merged by their log-sum-exp. What splits there are is the caller's choice and
+// part of the launch; lengths, tables and groups are read on the device, so that a CUDA graph may be replayed with others.
+// What they say beyond the memory that they speak of is cut off.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +58,8 @@ struct Arguments {
   float scale_log2;                    // factor on scores, times log2(e)
 };
 
-// `dtype` is kFloat16 or kBFloat16, `stored`, that of the prefix, the same or kInt8 or kFloat8, `head_dim` 64, 96, 128 or 256; else
-// cudaErrorInvalidValue. Two launches on `stream` of the current device, none without requests.
+// `dtype` is kFloat16 or kBFloat16, `stored`, that of the prefix, the same or kInt8 or kFloat8, `head_dim` 64, 96, 128 or
+// 256; else cudaErrorInvalidValue. Two launches on `stream` of the current device, none without requests.
 int run(const Arguments& arguments, Dtype dtype, Dtype stored, int head_dim, void* stream);
 
 // Bytes of shared memory that a block takes at most; 0 for a head_dim that there are no kernels for.

@@ -34,8 +34,8 @@ __device__ inline int count_bits(uint32_t bits) {
   return ((bits + (bits >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24;
 }
 
-// What a lane of the warp that lists a step reads of its key, before the step's list can be written: the block of a paged cache, or
-// the scales of bytes, which are never paged.
+// What a lane of the warp that lists a step reads of its key, before the step's list can be written: the block of a paged
+// cache, or the scales of bytes, which are never paged.
 struct Looked {
   int outer;
   float k_scale, v_scale;
@@ -79,8 +79,8 @@ struct Looked {
 template <class Stored, int kHeadDim, int kThreads>
 __device__ inline void copy_keys(uint32_t tile, const Rows& rows, int64_t head, const StepList& list) {
   constexpr bool kOfBytes = sizeof(Stored) == 1;
-  // Where a row of bytes does not fill its place, the threads of the rest have nothing to copy: eight that follow each other then
-  // write to eight groups of banks.
+  // Where a row of bytes does not fill its place, the threads of the rest have nothing to copy: eight that follow each other
+  // then write to eight groups of banks.
   constexpr int kPerChunk = 16 / sizeof(Stored), kChunks = (kOfBytes ? kByteStride<kHeadDim> : kHeadDim) / kPerChunk;
   constexpr int kTurns = kKeys * kChunks / kThreads;
   static_assert(kTurns * kThreads == kKeys * kChunks, "each thread copies as much");

@@ -1,7 +1,7 @@
 // Tiles of 16-bit rows, as tensor cores take them: in swizzled shared memory, and in registers.
 //
-// A warp's operands are cut into tiles of 16 rows. With g = lane / 4 and t = lane % 4 a lane holds of a tile rows g and g + 8, and
-// of each 8 columns number 2t and 2t + 1 (ops.cuh, mma_m16n8k16).
+// A warp's operands are cut into tiles of 16 rows. With g = lane / 4 and t = lane % 4 a lane holds of a tile rows g and g +
+// 8, and of each 8 columns number 2t and 2t + 1 (ops.cuh, mma_m16n8k16).
 #pragma once
 
 #include "voco/ops.cuh"
@@ -35,8 +35,9 @@ __device__ inline float2 unpack<__nv_bfloat16>(uint32_t pair) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
 }
 
-// The place, in bytes, of 16 bytes (a chunk of eight columns) in a tile of rows of kColumns, which begins at a multiple of 128: one chunk of eight rows that follow
-// each other, which is what ldmatrix reads in a cycle, lies in eight different groups of banks.
+// The place, in bytes, of 16 bytes (a chunk of eight columns) in a tile of rows of kColumns, which begins at a multiple of
+// 128: one chunk of eight rows that follow each other, which is what ldmatrix reads in a cycle, lies in eight different
+// groups of banks.
 template <int kColumns>
 __device__ inline uint32_t chunk_at(int row, int chunk) {
   static_assert(kColumns % 32 == 0, "rows are multiples of 64 bytes");
@@ -45,8 +46,8 @@ __device__ inline uint32_t chunk_at(int row, int chunk) {
   return row * (2 * kColumns) + (chunk ^ swizzle) * 16;
 }
 
-// The address 2 * pairs chunks further in its row than `address`, one of the first two chunks of a row. Only bits change that the
-// tile's alignment keeps free, so one register and constants do for a whole row.
+// The address 2 * pairs chunks further in its row than `address`, one of the first two chunks of a row. Only bits change
+// that the tile's alignment keeps free, so one register and constants do for a whole row.
 template <int kColumns>
 __device__ inline uint32_t further(uint32_t address, int pairs) {
   constexpr int kSpan = kColumns % 64 == 0 ? 128 : 64;  // bytes that chunk_at swizzles within
@@ -60,7 +61,8 @@ __device__ inline void load_a(uint32_t (&a)[4], uint32_t tile, int row, int k16)
   ldmatrix_x4(a, further<kColumns>(tile + chunk_at<kColumns>(row + lane_id() % 16, lane_id() / 16), k16));
 }
 
-// A tile's transpose as operand B, 16 of its rows being columns of B: b[0], b[1] those of the first eight, b[2], b[3] of the rest.
+// A tile's transpose as operand B, 16 of its rows being columns of B: b[0], b[1] those of the first eight, b[2], b[3] of the
+// rest.
 template <int kColumns>
 __device__ inline void load_b_transposed(uint32_t (&b)[4], uint32_t tile, int row, int k16) {
   const int in_tile = row + lane_id() / 16 * 8 + lane_id() % 8;

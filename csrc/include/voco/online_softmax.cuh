@@ -1,4 +1,5 @@
-// The state of an online softmax (FlashAttention-2, arXiv 2307.08691) over 16 rows, as a warp holds it between steps of keys.
+// The state of an online softmax (FlashAttention-2, arXiv 2307.08691) over 16 rows, as a warp holds it between steps of
+// keys.
 #pragma once
 
 #include "voco/mma_tile.cuh"
@@ -24,8 +25,8 @@ struct SoftmaxRows {
     }
   }
 
-  // Scores of 8 kBlocks keys to weights relative to the highest score so far, to which sum and out are brought, too. `scale` is the
-  // factor on scores, times log2(e).
+  // Scores of 8 kBlocks keys to weights relative to the highest score so far, to which sum and out are brought, too. `scale`
+  // is the factor on scores, times log2(e).
   template <int kBlocks>
   __device__ void weigh(float (&scores)[kBlocks][4], float scale) {
 #pragma unroll
