@@ -152,11 +152,12 @@ def contents(wheel: Path) -> list[str]:
 
 
 def source_files() -> set[str]:
-    """What a wheel must hold of the packages: every Python file, and the demo's data."""
+    """What a wheel must hold of the packages: every Python file, data, and what training is started with."""
     files = set()
     for base, package in ((ROOT, "voco_kernels"), (ROOT / "python", "voco_llama")):
         for path in (base / package).rglob("*"):
-            if path.suffix in (".py", ".json", ".safetensors", ".png", ".txt", ".npz", ".jinja"):
+            data = path.suffix in (".py", ".json", ".yaml", ".safetensors", ".png", ".txt", ".npz", ".jinja")
+            if data or (path.is_file() and path.parent.name == "launch" and path.suffix == ".md"):
                 files.add(str(path.relative_to(base)))
     return files
 
@@ -182,10 +183,20 @@ mover = module.KvMover(
     inv_freq=4096, multiplier=1.0, tokens=1, heads=1, half=8,
 )
 mover.set_rows(1, 2, no_strides, no_strides, no_strides, no_strides)
-try:
-    mover.launch(4096, 4096, 0, 0, 0)
-except RuntimeError as error:
-    print(error)
+
+def attention(kernel):
+    return module.attention(
+        kernel=kernel, device=-1, stream=0, dtype=1, head_dim=128, blocks=1, rows=[(4096, 256, 128)] * 8, lse=4096,
+        delta=4096, plan=[4096] * 6, num_tiles=1, num_tokens=8, heads=2, group=1, scale=1.0,
+    )
+
+launches = [lambda: mover.launch(4096, 4096, 0, 0, 0)]
+launches += [lambda kernel=kernel: attention(kernel) for kernel in ("forward", "hopper forward", "dq", "dkv")]
+for launch in launches:
+    try:
+        launch()
+    except RuntimeError as error:
+        print(error)
 """
 
 
@@ -207,6 +218,7 @@ def test_pure_wheel_works_and_gives_the_reason(pure_wheel, clean_python, tmp_pat
 
 @pytest.mark.full
 def test_cuda_wheel_adds_one_module_that_needs_only_glibc(cuda_wheel, tmp_path):
+    assert cuda_wheel[0].stat().st_size < 60e6
     [module] = {name for name in contents(cuda_wheel[0]) if ".dist-info/" not in name} - source_files()
     assert re.fullmatch(r"voco_kernels/_cuda\.cpython-\w+-[\w-]+\.so", module)
     with zipfile.ZipFile(cuda_wheel[0]) as archive:
@@ -227,7 +239,8 @@ def test_cuda_wheel_works_and_its_module_answers(cuda_wheel, clean_python, tmp_p
 def test_cuda_wheel_launches_and_gives_the_reason_of_the_runtime(cuda_wheel, clean_python, tmp_path):
     install(clean_python, cuda_wheel[0])
     said = succeed(clean_python, "-c", LAUNCH, cwd=tmp_path).stdout
-    assert re.search(r"K/V kernel: .*cudaError(InsufficientDriver|NoDevice)", said), said
+    kernels = re.findall(r"^(.*) kernel: .*cudaError(?:InsufficientDriver|NoDevice)", said, re.MULTILINE)
+    assert kernels == ["K/V", *["attention"] * 4], said
 
 
 @pytest.mark.full
