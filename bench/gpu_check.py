@@ -165,6 +165,9 @@ class GpuCheck:
         for shape in settings.shapes.values():
             try:
                 errors.append(gpu_checks.small_errors(shape, settings.device, settings.dtype, backend))
+                if backend == "cuda":
+                    gpu_checks.check_repeatable(shape, settings.device, settings.dtype, backend)
+                    errors.append(gpu_checks.full_errors(Problem(shape, settings.device, settings.dtype, backend)))
             except ValueError as error:
                 reason = first_line(error)
         if not errors:
@@ -225,7 +228,8 @@ class GpuCheck:
         self.proved |= {group for group in verified.GROUPS if group in errors}
         self.proved |= set(verified.TRITON_GROUPS) if settings.backend == "triton" else set()
         # On Hopper the forward of such head_dims was its own.
-        self.proved |= {"cuda on Hopper"} if "cuda" in errors and found["capability"] == [9, 0] else set()
+        on_hopper = "cuda" in errors and found["capability"] == [9, 0] and "sm_90a" in gpu_checks.compiled_archs()
+        self.proved |= {"cuda on Hopper"} if on_hopper else set()
         record = {key: found[key] for key in sorted(verified.RECORD_KEYS - {"errors", "tests"})}
         record |= {
             "errors": errors,

@@ -112,6 +112,13 @@ def build_module(deadline: float) -> str:
     return f"built for {', '.join(cuda.load().compiled_archs())}"
 
 
+def compiled_archs() -> list[str]:
+    """What the CUDA module was compiled for; nothing where there is none."""
+    from voco_kernels.backends import cuda
+
+    return [] if cuda.unavailable_reason() else cuda.load().compiled_archs()
+
+
 # ---- compute-sanitizer -------------------------------------------------------------------------------------------------
 
 

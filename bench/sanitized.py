@@ -18,6 +18,9 @@ SHAPES = (
     AttentionShape("frames", "full and ragged tiles", (((Image(70, 3),) * 3 + (Text(37),)),), True, heads=2, kv_heads=2),
     AttentionShape("turns", "segments that see text", ((Text(9), Image(66, 2), Text(70), Image(20, 1)),), False, 2, 1),
     AttentionShape("pack", "documents of all kinds", ((Text(5),), (Image(130, 5),), (Image(3, 1), Text(18))), True, 4, 2),
+    # Kernels of their own in CUDA.
+    AttentionShape("narrow", "rows of 192 bytes", ((Text(9), Image(66, 2), Text(70)),), False, 2, 1, 96),
+    AttentionShape("wide", "operands in shared memory", ((Text(9), Image(66, 2), Text(70)),), False, 2, 1, 256),
 )
 DECODE_SHAPE = DecodeShape("questions", "ragged blocks", prefix=70, requests=5, own=9, heads=4, kv_heads=2, head_dim=64)
 KV_SHAPE = KVShape("images", "few tokens in few layers", images=2, vision=9, voco=3, layers=3, kv_heads=2, head_dim=64)

@@ -63,7 +63,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "csrc/decode.cu", "csrc/decode_int8.cu", "csrc/decode_float8.cu", "csrc/include/voco/decode.h",
         "csrc/include/voco/decode.cuh", "csrc/include/voco/decode_keys.cuh", "csrc/include/voco/byte_tile.cuh",
         "csrc/include/voco/online_softmax.cuh", "csrc/include/voco/attention_steps.cuh", "csrc/include/voco/mma_tile.cuh",
-        "csrc/include/voco/dtype.h", "csrc/include/voco/ops.cuh",
+        "csrc/include/voco/attention.h", "csrc/include/voco/attention_launch.cuh", "csrc/include/voco/dtype.h",
+        "csrc/include/voco/ops.cuh",
     ),
     "compiled module": (
         "voco_kernels/backends/cuda/__init__.py", "csrc/bindings.cpp", "csrc/device.cu", "csrc/include/voco/device.h",

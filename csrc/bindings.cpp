@@ -182,7 +182,8 @@ void attention(const std::string& kernel, int device, Address stream, int dtype,
   const auto run = kernel == "forward"          ? voco::attention::run_forward
                    : kernel == "hopper forward" ? voco::attention::run_hopper_forward
                    : kernel == "dq"             ? voco::attention::run_query_gradient
-                                                : voco::attention::run_key_gradient;
+                   : kernel == "dkv"            ? voco::attention::run_key_gradient
+                                                : throw std::invalid_argument("no such kernel: " + kernel);
   const DeviceGuard guard(device);
   check(run(a, static_cast<voco::Dtype>(dtype), head_dim, blocks, pointer(stream)), "attention kernel");
 }

@@ -79,6 +79,22 @@ def test_a_shape_that_did_not_run_does_not_count(table):
     assert choose.entries(results_file(table, times)) == []
 
 
+def test_what_went_wrong_was_not_ahead(table):
+    times = {("forward", shape, name): 2.0 - (name == "cuda") for shape in ("video", "sft") for name in ("triton", "cuda")}
+    path = results_file(table, times)
+    content = json.loads(path.read_text())
+    content["rows"][-1] |= {"status": "wrong: out differs", "p20_ms": None, "p50_ms": None, "p80_ms": None}
+    path.write_text(json.dumps(content))
+    [entry] = choose.entries(path)
+    assert entry["ahead"] == 0 and choose.chosen([entry]) == []
+
+
+def test_of_several_files_the_worst_counts(table):
+    kind = {"family": "sm_90", "head_dim": 128, "dtype": "bfloat16", "task": "forward"}
+    good, bad = (kind | {"ahead": ahead} for ahead in (1.5, 0.9))
+    assert choose.chosen([good]) == [good] and choose.chosen([good, bad]) == choose.chosen([bad, good]) == []
+
+
 def test_results_of_a_cpu_are_refused(table, capsys):
     before = choose.FILE.read_text()
     assert choose.main([str(results_file(table, {}, capability=None))]) == 2

@@ -21,7 +21,7 @@ from fake_cuda import cuobjdump
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_attention, mask_of_layout
-from strategies import attention_layouts
+from strategies import Pack, attention_layouts
 from test_attention import GRADIENTS, LAYOUTS, inputs, spans
 
 from voco_kernels import Image, Text, VocoLayout, voco_attention
@@ -93,6 +93,25 @@ def test_edges_of_tiles(cuda, rows, isolated):
     assert_case(spans(*([Image(n - 2, 2), Text(n)] for n in rows), isolated=isolated), heads=(1, 1))
 
 
+@pytest.mark.parametrize("voco", [13, 14, 30])
+def test_steps_that_end_at_the_edge_of_a_mask(cuda, voco):
+    assert_case(spans([Image(20, voco), Text(80)]), torch.float16, (1, 1))
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
+def test_late_rows_end_with_their_segment(cuda, isolated):
+    layout = Pack([1] * 31 + [2] * 5, [True] * 16 + [False] * 15 + [True] + [False] * 4, [0, 36]).layout(isolated)
+    assert_case(layout, torch.float16, (1, 1))
+
+
+def test_copies_for_a_tile_that_meets_nothing(cuda, monkeypatch):
+    """They are over when the next tile's begin; the emulation sees two that are under way to one place."""
+    segments = [-1] * 70 + [i // 20 + 1 for i in range(240)]
+    layout = Pack(segments, [False] * 310, [0, 310]).layout(True)
+    monkeypatch.setattr(TilePlan, "likely", lambda *_: 1)
+    assert_case(layout, heads=(1, 1), head_dim=128)
+
+
 LONG = [Text(70), Image(130, 70), Text(90), Image(150, 3), Text(140)]
 
 
@@ -162,7 +181,14 @@ def test_named_layouts_on_hopper(hopper, name, head_dim):
 @pytest.mark.parametrize("isolated", [False, True], ids=["seeing", "isolated"])
 @pytest.mark.parametrize("rows", [(63, 64, 65), (127, 128, 129), (192, 257)], ids=str)
 def test_edges_of_tiles_on_hopper(hopper, rows, isolated):
-    assert_case(spans(*([Image(n - 2, 2), Text(n)] for n in rows), isolated=isolated), heads=(1, 1))
+    # In bfloat16, one key of 65 too few would go unnoticed.
+    assert_case(spans(*([Image(n - 2, 2), Text(n)] for n in rows), isolated=isolated), torch.float16, (1, 1))
+
+
+@pytest.mark.parametrize("voco", [1, 13, 14, 30])
+def test_steps_that_end_at_the_edge_of_a_mask_on_hopper(hopper, voco):
+    text = 64 if voco == 1 else 80
+    assert_case(spans([Image(9 if voco == 1 else 20, voco), Text(text)]), torch.float16, (1, 1))
 
 
 @pytest.mark.parametrize("heads", [(4, 1), (3, 3)], ids=str)
@@ -171,14 +197,27 @@ def test_many_steps_on_hopper(hopper, heads):
     assert_case(spans(LONG, [Text(300)], isolated=False), torch.float16, heads)
 
 
-def test_hopper_does_not_read_behind_a_segment(hopper):
+@pytest.mark.parametrize("rest", [1, 62, 63, 64])
+def test_hopper_does_not_read_behind_a_segment(hopper, rest):
     """A step that TMA brings reaches beyond nothing: NaN behind the segment stays out."""
-    layout = LAYOUTS["padding"]
-    clean = inputs(layout, torch.float16, (2, 1), 64)
+    n = 64 + rest
+    layout = Pack([1] * n + [-1] * 5, [False] * (n - 2) + [True] * 2 + [False] * 5, [0, n + 5]).layout(False)
+    clean = inputs(layout, torch.float16, (1, 1), 64)
     poisoned = [x.clone() for x in clean]
     for x in poisoned:
-        x[layout.segment_ids < 0] = float("nan")
+        x[n:] = float("nan")
     assert_same(results(*poisoned, layout), results(*clean, layout))
+
+
+def test_expanded_heads_and_odd_strides_of_one_on_hopper(hopper):
+    """TMA takes neither a stride of 0 nor an odd one, even where it has no meaning."""
+    q, k, v, grad = inputs(MIXED, torch.float16, (2, 1), 64)
+    want = results(q, k, v, grad, MIXED)
+    wide = [x.expand(-1, 2, -1) for x in (k, v)]
+    assert torch.equal(results(q, *wide, grad, MIXED)["out"], want["out"])
+    odd = [torch.nn.functional.pad(x, (0, 2, 0, 3))[:, :1, :64] for x in (k, v)]
+    assert odd[0].stride(1) % 8 and backend._aligned(odd[0]) is not None
+    assert_same(results(q, *odd, grad, MIXED), want)
 
 
 @pytest.mark.parametrize("change", ["heads first", "one of several"])
@@ -238,6 +277,18 @@ def test_the_plan_is_the_one_that_a_data_loader_prepares(cuda):
     layout = dataclasses.replace(MIXED).prepare()
     assert layout.tiles.geometry == backend.GEOMETRY
     assert_same(results(*x, layout), results(*x, MIXED))
+
+
+def test_a_layout_whose_tensors_are_written_anew(cuda):
+    """Static buffers: the plan follows, and nothing is left on the caller's layout."""
+    first, second = spans([Image(20, 3), Text(17)]), spans([Text(9), Image(24, 2), Text(5)])
+    layout = dataclasses.replace(first, segment_ids=first.segment_ids.clone(), public=first.public.clone()).to(DEVICE)
+    x = inputs(layout.to("cpu"), torch.float16, (2, 1), 64)
+    results(*x, layout)
+    layout.segment_ids.copy_(second.segment_ids)
+    layout.public.copy_(second.public)
+    assert_same(results(*x, layout), results(*x, second))
+    assert layout.tiles is None
 
 
 ROWS = {
@@ -514,7 +565,9 @@ def test_machine_code_keeps_to_the_budget(arch, instances, tmp_path):
     assert len(found) == len(instances)
     for name, kernel in found.items():
         assert kernel["stack"] == kernel["local"] == 0, (name, kernel)
-        assert kernel["registers"] <= min(255, budget[name]["registers"] + 8), (name, kernel)
+        # On Hopper they are what warpgroups give up and get: with fewer, those who ask for more would wait for ever.
+        most = 168 if arch == "sm_90a" else min(255, budget[name]["registers"] + 8)
+        assert kernel["registers"] <= most and (kernel["registers"] == most or arch != "sm_90a"), (name, kernel)
         assert {key: kernel[key] for key in counted} == {key: budget[name][key] for key in counted}, (name, kernel)
         assert all(kernel[key] for key in counted), (name, kernel)
 

@@ -334,7 +334,7 @@ def test_no_sanitizer(monkeypatch):
 
 def test_what_a_sanitizer_watches(capsys):
     sanitized.main(["--device", "cpu", "--backends", "torch", "--kv-backends", "torch"])
-    assert "3 layouts" in capsys.readouterr().out
+    assert "5 layouts" in capsys.readouterr().out
 
 
 def test_a_command_that_hangs_is_ended():

@@ -30,7 +30,7 @@ void check_fenced(const char* what, uint32_t address, Site site) {
   const Written& written = machine.written[address / 16];
   if (written.block != machine.block) return;
   const Thread& writer = machine.threads[written.thread];
-  const bool fenced = written.group < 0 ? writer.fences > written.fences : written.group < writer.fenced_groups;
+  const bool fenced = written.group < 0 ? writer.told_fences > written.fences : written.group < writer.told_groups;
   if (!fenced) {
     fail_in_thread(std::string(what) + " at shared address " + number(address) + ", written at " + text(written.site) +
                        " by thread " + number(written.thread) + ", which has not called fence_async since",
@@ -49,9 +49,13 @@ void* make_agent(void*& agent, Site site) {
 
 namespace {
 
+void tell_fences() {
+  machine.thread->told_fences = machine.thread->fences;
+  machine.thread->told_groups = machine.thread->fenced_groups;
+}
+
 // A phase of a barrier can wait for fewer bytes than this.
 constexpr int64_t kMaxBytes = 1 << 20;
-constexpr int kMostRegisters = 65536 / kWarpgroupThreads;
 
 // ---- Barriers ----
 
@@ -158,6 +162,7 @@ void mbarrier_arrive(uint32_t address, uint32_t bytes, Site site) {
   }
   barrier.bytes += bytes;
   if (barrier.bytes >= kMaxBytes) fail_in_thread("an mbarrier cannot wait for " + number(barrier.bytes) + " bytes", site);
+  tell_fences();
   release(barrier.order);
   --barrier.missing;
   end_phase_if_complete(barrier);
@@ -221,6 +226,7 @@ void named_barrier(int id, int threads, bool waits, Site site) {
                    site);
   }
   char* const order = barrier.order;
+  tell_fences();
   release(order);
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
@@ -243,7 +249,10 @@ void set_registers(int registers, Site site) {
     sum += each.registers;
     all_known &= each.registers != 0;
   }
-  if (all_known && sum > kMostRegisters) {
+  // What the launch gave to all of them, a multiple of 8 for each thread.
+  const int warpgroups = static_cast<int>(hopper.warpgroups.size());
+  const int most = 65536 / (warpgroups * kWarpgroupThreads) / 8 * 8 * warpgroups;
+  if (all_known && sum > most) {
     fail_in_thread("more than 64 K registers: " + number(sum * kWarpgroupThreads), site);
   }
   meet(group.meeting, "setmaxnreg", site, false);

@@ -51,7 +51,7 @@ struct Thread {
   size_t copies_done = 0;
   std::vector<QueuedCopy> copies;
   // For what TMA and wgmma may see: groups of copies that were waited for, those of them before the last fence, and fences.
-  int waited_groups = 0, fenced_groups = 0, fences = 0;
+  int waited_groups = 0, fenced_groups = 0, fences = 0, told_groups = 0, told_fences = 0;
 };
 
 struct SharedArray {

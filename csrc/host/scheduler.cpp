@@ -207,7 +207,7 @@ void prepare_block() {
     thread.closed_groups = 0;
     thread.copies_done = 0;
     thread.copies.clear();
-    thread.waited_groups = thread.fenced_groups = thread.fences = 0;
+    thread.waited_groups = thread.fenced_groups = thread.fences = thread.told_groups = thread.told_fences = 0;
     machine.ready.push_back(&thread);
   }
   release(&launch_begins);
@@ -340,6 +340,8 @@ int lane() { return machine.thread->lane; }
 
 void sync_block(Site site) {
   const Unwatched unwatched;
+  machine.thread->told_fences = machine.thread->fences;
+  machine.thread->told_groups = machine.thread->fenced_groups;
   meet(machine.barrier, "sync_block", site, true);
 }
 
@@ -425,6 +427,9 @@ bool lazy_copies() { return lazy_setting(); }
 void queue_copy(Copy copy) {
   const Unwatched unwatched;
   Thread& thread = *machine.thread;
+  for (size_t i = thread.copies_done; i < thread.copies.size(); ++i) {
+    if (thread.copies[i].copy.to == copy.to) throw std::runtime_error("two cp.async to one place are under way");
+  }
   thread.copies.push_back({copy, thread.closed_groups});
 }
 

@@ -21,6 +21,7 @@ struct HopperForward {
   static constexpr int kNumbersBytes = kKeys * sizeof(int) + 2 * sizeof(uint64_t);  // of a stage: tokens and barriers
   static constexpr int kSharedBytes = kSwizzledTile + kStages * (kStageBytes + kNumbersBytes);
   static_assert(kHeadDim % 64 == 0, "TMA copies 64 columns at a time");
+  static_assert(kStages >= 3, "copies by index are announced a step late, while another one waits to be empty");
 };
 
 struct HopperArguments {
@@ -372,10 +373,11 @@ template <class T, int kHeadDim>
 int launch_hopper_forward(const Arguments& args, int blocks, void* stream) {
   using Shape = HopperForward<kHeadDim>;
   HopperArguments all = {args, {}, {}};
+  const int key_heads = args.heads / args.group;
   const auto describe = [&](TensorMap* map, const Rows& rows) {
-    // The stride of a single token or head is never used, but must be one.
-    const int64_t token = rows.token > 0 ? rows.token : kHeadDim, head = rows.head > 0 ? rows.head : kHeadDim;
-    return make_tensor_map(map, {rows.data, args.num_tokens, args.heads / args.group, kHeadDim, token, head}, Shape::kKeys);
+    // The stride of a single token or head is never used, but must be one that TMA takes.
+    const int64_t token = args.num_tokens > 1 ? rows.token : kHeadDim, head = key_heads > 1 ? rows.head : kHeadDim;
+    return make_tensor_map(map, {rows.data, args.num_tokens, key_heads, kHeadDim, token, head}, Shape::kKeys);
   };
   if (const int code = describe(&all.k, args.k)) return code;
   if (const int code = describe(&all.v, args.v)) return code;

@@ -171,7 +171,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _plan(layout: VocoLayout) -> TilePlan:
-    return tile_plan(layout, GEOMETRY, lambda layout, geometry: layout.prepare().tiles)
+    # Called up to where layouts are prepared; only there it is known what builds plans on a GPU.
+    from ...planning import prepared_tiles
+
+    return tile_plan(layout, GEOMETRY, lambda layout, geometry: prepared_tiles(layout))
 
 
 def _per_row(q: torch.Tensor) -> torch.Tensor:
@@ -188,5 +191,6 @@ def _address(x: torch.Tensor) -> tuple[int, int, int]:
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """`x` [N, H, D], or a copy where its rows are not contiguous or do not start at multiples of 16 bytes."""
     strides = (x.stride(i) for i in (0, 1) if x.shape[i] > 1)
-    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in strides)
+    # Expanded tensors are copied, too: TMA does not take a stride of 0.
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and not any(stride % 8 or not stride for stride in strides)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
