@@ -108,12 +108,14 @@ def test_it_stays_short():
 
 
 def test_tile_efficiencies_are_the_counted_ones():
-    for name, kernels in (("forward, dQ", ("forward", "dq")), ("dK/dV", ("dkv",))):
-        line = next(line for line in DESIGN.splitlines() if line.startswith(f"| {name} |"))
+    of_triton, of_cuda = ("", "triton"), ("`cuda` ", "cuda")
+    rows = [(*of, *row) for of in (of_triton, of_cuda) for row in (("forward, dQ", ("forward", "dq")), ("dK/dV", ("dkv",)))]
+    for prefix, backend, name, kernels in rows:
+        line = next(line for line in DESIGN.splitlines() if line.startswith(f"| {prefix}{name} |"))
         shown = [float(cell) for cell in line.split("|")[2:-1]]
         for which in kernels:
             layouts = [
                 VocoLayout.from_spans([[Image(vision, voco)] * 16], isolated=True)
                 for vision, voco in ((144, 4), (256, 2), (576, 2), (2880, 8))
             ]
-            assert shown == [round(layout.tile_efficiency(128, which=which), 2) for layout in layouts]
+            assert shown == [round(layout.tile_efficiency(128, backend, which=which), 2) for layout in layouts]

@@ -410,10 +410,8 @@ def test_a_run_that_passes(tmp_path, some_tests, capsys):
 def test_a_module_that_cannot_be_built_leaves_its_backend_out(tmp_path, some_tests, capsys, monkeypatch):
     # Imported before anything is patched: a module that is imported while it is would keep the patch.
     from voco_kernels.backends import cuda
-    from voco_kernels.backends.cuda import kv
 
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "it is missing")
-    monkeypatch.setattr(kv, "_module_unavailable_reason", lambda: "it is missing")
     run = gpu_checks.run_command
 
     def without_nvcc(command, limit):

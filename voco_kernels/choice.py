@@ -24,6 +24,8 @@ def measured() -> dict[tuple[str, int, str, str], dict]:
 
 def prefers_cuda(q: torch.Tensor, *, backward: bool) -> bool:
     """Whether cuda was measured to be ahead of triton for such queries on their GPU, with or without the gradients."""
+    if not measured():
+        return False
     major, minor = torch.cuda.get_device_capability(q.device)
     task = BOTH if backward else FORWARD
     return (f"sm_{major}{minor}", q.shape[2], str(q.dtype).removeprefix("torch."), task) in measured()

@@ -1,12 +1,11 @@
 // Runs the kernels of hopper_selftest.cuh against references in double precision, on a CPU or a Hopper GPU.
 //   hopper_selftest CASE [DEFECT]    prints what is wrong; the exit status says what was found
+#include "checks.cuh"
 #include "hopper_selftest.cuh"
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -15,8 +14,6 @@
 
 namespace voco::selftest {
 namespace {
-
-constexpr int kRight = 0, kWrong = 1, kError = 2;
 
 const std::map<std::string, Defect> kDefects = {
     {"none", Defect::kNone},
@@ -49,77 +46,10 @@ const std::map<std::string, Defect> kDefects = {
     {"other count", Defect::kOtherCount},
 };
 
-// An array that kernels and this file can use, with nothing behind its last element.
-template <class T>
-class Array {
- public:
-  explicit Array(size_t size) {
-#ifdef VOCO_HOST
-    data_ = static_cast<T*>(std::malloc(size * sizeof(T)));
-#else
-    if (cudaMallocManaged(&data_, size * sizeof(T)) != cudaSuccess) data_ = nullptr;
-#endif
-    if (!data_) throw std::runtime_error("no memory");
-    std::memset(static_cast<void*>(data_), 0xff, size * sizeof(T));
-  }
-  Array(size_t size, const std::function<T(size_t)>& element) : Array(size) {
-    for (size_t i = 0; i < size; ++i) data_[i] = element(i);
-  }
-  Array(const Array&) = delete;
-  ~Array() {
-#ifdef VOCO_HOST
-    std::free(data_);
-#else
-    cudaFree(data_);
-#endif
-  }
-  T* data() { return data_; }
-  T& operator[](size_t i) { return data_[i]; }
-
- private:
-  T* data_ = nullptr;
-};
-
-double widen(__half x) { return __half2float(x); }
-double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T>
-T narrow(float x);
-template <>
-__half narrow(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__nv_bfloat16 narrow(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-// In [-1, 1), the same in every run.
 template <class T>
 T random_element(size_t) {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return narrow<T>(static_cast<float>(state >> 8) / (1 << 23) - 1);
+  return narrow<T>(random_number());
 }
-
-void expect_success(int code) {
-  if (code != 0) throw std::runtime_error("CUDA error " + std::to_string(code));
-}
-
-template <class Args>
-void start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, const Args& args) {
-  expect_success(launch(kernel, grid, block, shared_bytes, nullptr, args));
-#ifndef VOCO_HOST
-  expect_success(cudaDeviceSynchronize());
-#endif
-}
-
-bool check(const char* what, size_t place, double value, double expected, double error = 0) {
-  if (std::abs(value - expected) <= error) return true;
-  std::printf("wrong %s at %zu: %.9g, expected %.9g\n", what, place, value, expected);
-  return false;
-}
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Two heads of 96 columns, whose last box is ragged.
 bool check_boxes(int token_stride, int head_stride, Defect defect) {

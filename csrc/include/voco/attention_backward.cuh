@@ -55,7 +55,7 @@ struct QueryState {
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] = exp2_approx(fma_rn(scores[n][i], scale, -lse[i / 2]));
     }
-    if (tokens[31] > rows[0]) hide(scores, tokens);
+    if (tokens[kKeyStep - 1] > rows[0]) hide(scores, tokens);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll

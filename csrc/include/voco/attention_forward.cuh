@@ -54,7 +54,7 @@ struct RowState {
         for (int n = 0; n < 4; ++n) mma_m16n8k16<T>(scores[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
       }
     }
-    if (tokens[31] > rows[0]) hide<kUsed>(scores, tokens);
+    if (tokens[kKeyStep - 1] > rows[0]) hide<kUsed>(scores, tokens);
 #pragma unroll
     for (int m = 0; m < kUsed; ++m) softmax[m].weigh(scores[m], scale);
 #pragma unroll

@@ -10,6 +10,7 @@
 namespace voco::attention {
 
 constexpr int kAbsent = 0x7fffffff;
+constexpr int kKeyStep = 32;  // keys that a row tile takes in at a time, on all GPUs
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kInfinityBits = 0x7f800000;
@@ -27,8 +28,8 @@ __device__ inline void for_each_pair(const Plan& plan, int heads, Body body) {
     // Behind the last tile there is nothing.
     if (columns[1] == 0) break;
     body(columns, pair[0] % heads);
-    // Everyone is through with the pair before the next one begins, and with all copies for it: of a tile that meets nothing, no
-    // step has waited for them.
+    // Everyone is through with the pair before the next one begins, and with all copies for it: of a tile that meets nothing,
+    // no step has waited for them.
     cp_async_wait<0>();
     sync_block();
     if (threadIdx.x == 0) pair[0] += gridDim.x;
@@ -200,7 +201,8 @@ __device__ inline void copy_rows(uint32_t tile, const Rows& rows, int64_t head, 
 // the tokens of the tile's rows. kUnroll is that of copy_rows.
 template <class T, int kHeadDim, int kWarps, int kStages, int kUnroll = 4>
 struct KeyPipeline {
-  static constexpr int kStep = 32, kTileBytes = kStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes, kThreads = 32 * kWarps;
+  static constexpr int kStep = kKeyStep, kThreads = 32 * kWarps;
+  static constexpr int kTileBytes = kStep * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
   // Tokens of the steps that are copied, of the one that is computed, and of the one that comes next.
   static constexpr int kSlots = kStages + 1;
   using KeySteps = Steps<2, kStep>;

@@ -1,4 +1,4 @@
-"""CUDA kernels, compiled into the module `voco_kernels._cuda`: the K/V path (`kv.py`).
+"""CUDA kernels, compiled into the module `voco_kernels._cuda`: attention, decoding and the K/V path.
 
 The module is missing from a wheel that was built without nvcc; nothing else in the library needs it.
 """
@@ -6,6 +6,8 @@ The module is missing from a wheel that was built without nvcc; nothing else in 
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+
+import torch
 
 from ...version import __version__
 
@@ -21,6 +23,39 @@ def load() -> ModuleType:
 def unavailable_reason() -> str | None:
     """Why `load()` fails, or None. A loaded module needs no driver: `load().device_query()` tells whether there is one."""
     return _import()[1]
+
+
+def kernels_unavailable_reason() -> str | None:
+    """Why no kernel can run on this machine; None where they can."""
+    reason = unavailable_reason()
+    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return reason
+
+
+def unserved_reason(device: torch.device, head_dim: int, shared_bytes: int = 0) -> str | None:
+    """Why kernels for `head_dim` that need so much shared memory for a block do not run on a device; None where they do."""
+    if device.type != load().DEVICE_TYPE or torch.version.hip is not None:
+        return f"it needs tensors on an NVIDIA GPU, not on {device}"
+    return unserved_by_gpu(device, head_dim, shared_bytes) if device.type == "cuda" else None
+
+
+@cache
+def unserved_by_gpu(device: torch.device, head_dim: int, shared_bytes: int) -> str | None:
+    """The same of a GPU, which does not change."""
+    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
+    if not serves(archs, capability):
+        return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
+    has = load().device_query()[device.index]["shared_memory_per_block_optin"] if shared_bytes else 0
+    if shared_bytes <= has:
+        return None
+    return f"head_dim {head_dim} needs {shared_bytes} bytes of shared memory, and the GPU has {has}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of the host, which stands in for one in tests, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def serves(archs: list[str], capability: tuple[int, int]) -> bool:

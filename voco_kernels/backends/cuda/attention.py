@@ -11,8 +11,7 @@ import torch
 from ... import tiled
 from ...layout import VocoLayout
 from ...tiles import Geometry, TilePlan, tile_plan
-from . import load, pairs, serves
-from . import unavailable_reason as _module_unavailable_reason
+from . import kernels_unavailable_reason, load, multiprocessors, pairs, unserved_reason
 
 # As csrc/include/voco/dtype.h numbers them.
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -23,13 +22,7 @@ HOPPER_GEOMETRY = Geometry(rows=128, small_rows=0, keys=64)
 HOPPER_HEAD_DIMS = (64, 128)
 NOTHING = (0, 0, 0)
 
-
-def unavailable_reason() -> str | None:
-    """Why the kernels cannot run on this machine; None where they can."""
-    reason = _module_unavailable_reason()
-    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return reason
+unavailable_reason = kernels_unavailable_reason
 
 
 def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str | None:
@@ -38,19 +31,7 @@ def unsupported_reason(q: torch.Tensor, layout: VocoLayout | None = None) -> str
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[2] not in HEAD_DIMS:
         return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[2]}"
-    if q.device.type != load().DEVICE_TYPE or torch.version.hip is not None:
-        return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
-    return _unserved(q.device, q.shape[2]) if q.is_cuda else None
-
-
-@cache
-def _unserved(device: torch.device, head_dim: int) -> str | None:
-    """Why the compiled code does not run on a GPU; None where it does."""
-    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
-    if not serves(archs, capability):
-        return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
-    has, needs = load().device_query()[device.index]["shared_memory_per_block_optin"], load().attention_shared(head_dim)
-    return None if needs <= has else f"head_dim {head_dim} needs {needs} bytes of shared memory, and the GPU has {has}"
+    return unserved_reason(q.device, q.shape[2], load().attention_shared(q.shape[2]))
 
 
 def attention(
@@ -162,12 +143,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _blocks(kernel: str, pairs: int, device: torch.device) -> int:
     """A block for each pair of a tile and a head; of Hopper's forward, whose blocks stay, one per multiprocessor."""
-    return min(pairs, _multiprocessors(device)) if kernel == "hopper forward" else pairs
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return min(pairs, multiprocessors(device)) if kernel == "hopper forward" else pairs
 
 
 def _plan(layout: VocoLayout) -> TilePlan:

@@ -4,12 +4,9 @@ Two launches: attention over splits of the keys, and the merge of their results.
 and on the GPU alone, so nothing is waited for, and a CUDA graph can hold both. Design and limits are in DESIGN.md.
 """
 
-from functools import cache
-
 import torch
 
-from . import load, serves
-from . import unavailable_reason as _module_unavailable_reason
+from . import kernels_unavailable_reason, load, multiprocessors, unserved_reason
 
 # As csrc/include/voco/dtype.h numbers them.
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -23,13 +20,7 @@ BLOCKS_PER_SM = 2
 SPLIT_KEYS, MOST_SPLITS = 256, 64
 NO_ROWS, NO_SCALES = (0, 0, 0, 0), (0, 0, 0)
 
-
-def unavailable_reason() -> str | None:
-    """Why the kernels cannot run on this machine; None where they can."""
-    reason = _module_unavailable_reason()
-    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return reason
+unavailable_reason = kernels_unavailable_reason
 
 
 def unsupported_reason(q: torch.Tensor, stored: torch.dtype | None) -> str | None:
@@ -38,19 +29,7 @@ def unsupported_reason(q: torch.Tensor, stored: torch.dtype | None) -> str | Non
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[3] not in HEAD_DIMS:
         return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[3]}"
-    if q.device.type != load().DEVICE_TYPE or torch.version.hip is not None:
-        return f"it needs tensors on an NVIDIA GPU, not on {q.device}"
-    return _unserved(q.device, q.shape[3]) if q.is_cuda else None
-
-
-@cache
-def _unserved(device: torch.device, head_dim: int) -> str | None:
-    """Why the compiled code does not run on a GPU; None where it does."""
-    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
-    if not serves(archs, capability):
-        return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
-    has, needs = load().device_query()[device.index]["shared_memory_per_block_optin"], load().decode_shared(head_dim)
-    return None if needs <= has else f"head_dim {head_dim} needs {needs} bytes of shared memory, and the GPU has {has}"
+    return unserved_reason(q.device, q.shape[3], load().decode_shared(q.shape[3]))
 
 
 def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
@@ -62,7 +41,7 @@ def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
     capacity = min(capacity, 2**31 - 1)
     kept = [q, k, v, lengths.contiguous()]
     table = None if block_table is None else block_table.contiguous()
-    sms = _multiprocessors(q.device)
+    sms = multiprocessors(q.device)
     rows = tokens * heads // key_heads
     own_splits = splits(requests * key_heads * -(-rows // TILE_ROWS), capacity, sms)
     shared = {"prefix_rows": [NO_ROWS, NO_ROWS], "prefix_scales": [NO_SCALES, NO_SCALES], "prefix_ends": [0, 0]}
@@ -118,12 +97,6 @@ def splits(items: int, keys: int, multiprocessors: int) -> int:
     """Into how many parts the keys of `items` blocks of threads are cut, so that all multiprocessors have work."""
     wanted = -(-BLOCKS_PER_SM * multiprocessors // max(items, 1))
     return max(1, min(wanted, -(-keys // SPLIT_KEYS), MOST_SPLITS))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of the host, which stands in for one in tests, few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -4,26 +4,17 @@ Addresses and strides are handed over once; a call then costs reading a few poin
 copied to the device or waited for, so CUDA graphs can hold it.
 """
 
-from functools import cache
-
 import torch
 
 from ...layers import cache_strides, equal_runs
-from . import load, serves
-from . import unavailable_reason as _module_unavailable_reason
+from . import kernels_unavailable_reason, load, unserved_reason
 
 # As csrc/include/voco/kv_cache.h numbers them.
 CACHE_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ROW_DTYPES = {**CACHE_DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
 NO_STRIDES = (0, 0, 0, 0)
 
-
-def unavailable_reason() -> str | None:
-    """Why the kernels cannot run on this machine; None where they can."""
-    reason = _module_unavailable_reason()
-    if reason is None and load().DEVICE_TYPE == "cuda" and not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return reason
+unavailable_reason = kernels_unavailable_reason
 
 
 def unsupported_reason(kv_dtype: torch.dtype, cache: torch.Tensor) -> str | None:
@@ -33,19 +24,7 @@ def unsupported_reason(kv_dtype: torch.dtype, cache: torch.Tensor) -> str | None
             return f"it does not take {str(dtype).removeprefix('torch.')}"
     if cache.shape[-1] % 2:
         return f"it takes an even head_dim, not {cache.shape[-1]}"
-    module = load()
-    if cache.device.type != module.DEVICE_TYPE or torch.version.hip is not None:
-        return f"it needs tensors on an NVIDIA GPU, not on {cache.device}"
-    return _unserved(cache.device) if cache.is_cuda else None
-
-
-@cache
-def _unserved(device: torch.device) -> str | None:
-    """Why the compiled code does not run on a GPU; None where it does."""
-    capability, archs = torch.cuda.get_device_capability(device), load().compiled_archs()
-    if serves(archs, capability):
-        return None
-    return f"it was compiled for {', '.join(archs)}, and the GPU has compute capability {capability}"
+    return unserved_reason(cache.device, cache.shape[-1])
 
 
 def injection(k_caches, v_caches, slots, positions, inv_freq, attention_scaling):
