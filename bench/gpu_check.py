@@ -227,7 +227,7 @@ class GpuCheck:
         errors |= {name: entry for name, entry in found["backends"].items() if isinstance(entry, dict)}
         self.proved |= {group for group in verified.GROUPS if group in errors}
         self.proved |= set(verified.TRITON_GROUPS) if settings.backend == "triton" else set()
-        # On Hopper the forward of such head_dims was its own.
+        # On Hopper the kernels of such head_dims were its own.
         on_hopper = "cuda" in errors and found["capability"] == [9, 0] and "sm_90a" in gpu_checks.compiled_archs()
         self.proved |= {"cuda on Hopper"} if on_hopper else set()
         record = {key: found[key] for key in sorted(verified.RECORD_KEYS - {"errors", "tests"})}

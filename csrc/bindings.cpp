@@ -180,9 +180,11 @@ void attention(const std::string& kernel, int device, Address stream, int dtype,
   a.scale = scale;
   a.scale_log2 = scale * 1.4426950408889634f;
   const auto run = kernel == "forward"          ? voco::attention::run_forward
-                   : kernel == "hopper forward" ? voco::attention::run_hopper_forward
                    : kernel == "dq"             ? voco::attention::run_query_gradient
                    : kernel == "dkv"            ? voco::attention::run_key_gradient
+                   : kernel == "hopper forward" ? voco::attention::run_hopper_forward
+                   : kernel == "hopper dq"      ? voco::attention::run_hopper_query_gradient
+                   : kernel == "hopper dkv"     ? voco::attention::run_hopper_key_gradient
                                                 : throw std::invalid_argument("no such kernel: " + kernel);
   const DeviceGuard guard(device);
   check(run(a, static_cast<voco::Dtype>(dtype), head_dim, blocks, pointer(stream)), "attention kernel");
@@ -256,8 +258,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("attention", &attention, py::kw_only(), py::arg("kernel"), py::arg("device"), py::arg("stream"), py::arg("dtype"),
         py::arg("head_dim"), py::arg("blocks"), py::arg("rows"), py::arg("lse"), py::arg("delta"), py::arg("plan"),
         py::arg("num_tiles"), py::arg("num_tokens"), py::arg("heads"), py::arg("group"), py::arg("scale"),
-        "Launch `kernel` (forward, hopper forward, dq or dkv): rows are (address, stride of tokens, stride of heads) of q, k, v, out, grad_out, "
-        "dq, dk, dv; plan the addresses of tiles, row_index, key_index, reader_index, late_index, after.");
+        "Launch `kernel` (forward, dq or dkv, or one of them behind `hopper`): rows are (address, stride of tokens, stride of "
+        "heads) of q, k, v, out, grad_out, dq, dk, dv; plan the addresses of tiles, row_index, key_index, reader_index, "
+        "late_index, after.");
   m.def("attention_shared", &voco::attention::shared_bytes, py::arg("head_dim"),
         "Bytes of shared memory that a block of the attention kernels takes at most.");
   m.def("decode", &decode, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("stored"),

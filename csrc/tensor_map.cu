@@ -5,6 +5,7 @@
 #ifndef VOCO_HOST
 #include <cuda.h>
 
+#include <atomic>
 #include <cstring>
 #endif
 
@@ -29,8 +30,12 @@ int encode(TensorMap* map, const TensorLayout& layout, int box_rows) {
 
 #else
 
-// Asked of the runtime, so that nothing has to be linked with the driver's library.
-int find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
+using Encoder = decltype(&cuTensorMapEncodeTiled);
+
+// Asked of the runtime, so that nothing has to be linked with the driver's library; once it is found, not again.
+int find_encoder(Encoder* encoder) {
+  static std::atomic<Encoder> known{nullptr};
+  if ((*encoder = known)) return cudaSuccess;
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
@@ -43,14 +48,14 @@ int find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
   cudaGetLastError();
   if (code != cudaSuccess) return code;
   if (found != cudaDriverEntryPointSuccess || !function) return cudaErrorInsufficientDriver;
-  *encoder = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  known = *encoder = reinterpret_cast<Encoder>(function);
   return cudaSuccess;
 }
 
 int encode(TensorMap* map, const TensorLayout& layout, int box_rows) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap),
                 "a TensorMap must have the size and the alignment of CUDA's own");
-  decltype(&cuTensorMapEncodeTiled) encoder;
+  Encoder encoder;
   if (const int code = find_encoder(&encoder)) return code;
   const auto size = [](int64_t number) { return static_cast<cuuint64_t>(number); };
   const cuuint64_t sizes[] = {size(layout.columns), size(layout.heads), size(layout.tokens)};

@@ -142,12 +142,12 @@ def test_gradients_add_up_in_float32(cuda):
     assert_attention([(results(*x, layout), x)], layout)
 
 
-# ---- Hopper's forward --------------------------------------------------------------------------------------------------
+# ---- Hopper's kernels --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hopper(cuda, monkeypatch):
-    """Hopper's kernel for whatever it can serve, as on such a GPU; the emulation has three multiprocessors."""
+    """Hopper's kernels for whatever they can serve, as on such a GPU; the emulation has three multiprocessors."""
     if GPU and not backend._is_hopper(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setattr(backend, "_has_wgmma", lambda q: q.shape[2] in backend.HOPPER_HEAD_DIMS)
@@ -183,7 +183,7 @@ def test_steps_that_end_at_the_edge_of_a_mask_on_hopper(hopper, voco):
 
 @pytest.mark.parametrize("heads", [(4, 1), (3, 3)], ids=str)
 def test_many_steps_on_hopper(hopper, heads):
-    """Stages go round within a tile and from tile to tile, by TMA and by index."""
+    """Stages go round within a tile and from tile to tile, by TMA and by index; many rows read public keys."""
     assert_case(spans(LONG, [Text(300)], isolated=False), torch.float16, heads)
 
 
@@ -217,12 +217,12 @@ def test_strides_on_hopper(hopper, change):
     assert_same(results(*[ROWS[change][0](t) for t in x], MIXED), results(*x, MIXED))
 
 
-def test_which_forward_is_launched(hopper, monkeypatch):
-    launched, launch = [], backend._launch
-    monkeypatch.setattr(backend, "_launch", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)))
+def test_which_kernels_are_launched(hopper, monkeypatch):
+    launched, launch = [], hopper.attention
+    monkeypatch.setattr(hopper, "attention", lambda **options: (launched.append(options["kernel"]), launch(**options)))
     for head_dim in (64, 96):
         results(*inputs(MIXED, torch.float16, (1, 1), head_dim), MIXED)
-    assert launched == ["hopper forward", "dq", "dkv", "forward", "dq", "dkv"]
+    assert launched == ["hopper forward", "hopper dq", "hopper dkv", "forward", "dq", "dkv"]
 
 
 # ---- the same bits, however it is launched -----------------------------------------------------------------------------

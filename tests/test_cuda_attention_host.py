@@ -101,7 +101,7 @@ def problem_file(layout: VocoLayout, folder: Path, head_dim: int, geometry: Geom
 
 
 def sanitized(kind: str, head_dim: int, folder: Path, wrong: str = "", lazy: bool = True, hopper: bool = False) -> str:
-    """What a build of that kind prints; of Hopper's forward, or of all other kernels."""
+    """What a build of that kind prints; of Hopper's kernels, or of all others."""
     if reason := cuda_host.missing(kind):
         pytest.skip(reason)
     sources = [HERE / "cuda" / "attention_cases.cpp", *([cuda_host.CSRC / "tensor_map.cu"] if hopper else [])]
@@ -149,7 +149,11 @@ def test_a_race_is_seen(tmp_path):
 # ---- machine code ------------------------------------------------------------------------------------------------------
 
 KERNELS = {"forward": "forward", "query_gradient": "backward", "key_gradient": "backward"}
-HOPPER_KERNELS = {"hopper_forward": "hopper"}
+HOPPER_KERNELS = {
+    "hopper_forward": "hopper_forward",
+    "hopper_query_gradient": "hopper_backward",
+    "hopper_key_gradient": "hopper_backward",
+}
 SYMBOL = re.compile(rf"\d({'|'.join([*KERNELS, *HOPPER_KERNELS])})_kernelI\d+(__half|__nv_bfloat16)Li(\d+)E")
 COUNTED, HOPPER_COUNTED = ("HMMA", "LDSM", "LDGSTS"), ("HGMMA", "UTMALDG", "SYNCS", "LDGSTS")
 

@@ -16,6 +16,7 @@ from voco_kernels.tiles import Geometry, build_tiles, executed_pairs, tile_plan,
 
 GEOMETRY = Geometry()
 SMALL = Geometry(rows=8, small_rows=2, keys=4)  # so that short runs have inner edges
+EQUAL = Geometry(rows=8, small_rows=0, keys=8)
 LISTS = ("row_index", "key_index", "reader_index", "late_index", "after")
 
 layouts = st.booleans().flatmap(
@@ -60,7 +61,7 @@ def pairs_of_key_tiles(plan, n) -> np.ndarray:
     return times
 
 
-@pytest.mark.parametrize("geometry", [SMALL, GEOMETRY], ids=["small", "shipped"])
+@pytest.mark.parametrize("geometry", [SMALL, EQUAL, GEOMETRY], ids=["small", "equal", "shipped"])
 @given(layout=layouts)
 def test_every_visible_pair_is_computed_once(geometry, layout):
     plan, n, mask = build_tiles(layout, geometry), layout.num_tokens, mask_of_layout(layout)
@@ -69,13 +70,20 @@ def test_every_visible_pair_is_computed_once(geometry, layout):
     assert useful_pairs(layout) == mask.sum()
 
 
-@pytest.mark.parametrize("geometry", [SMALL, GEOMETRY], ids=["small", "shipped"])
+@pytest.mark.parametrize("geometry", [SMALL, EQUAL, GEOMETRY], ids=["small", "equal", "shipped"])
 @given(layout=layouts)
 def test_every_row_and_every_key_is_written_once(geometry, layout):
     plan, n = build_tiles(layout, geometry), layout.num_tokens
     for tiles, index in ((plan.row_tiles, plan.row_index), (plan.key_tiles, plan.key_index)):
         slots = [slot for begin, count, *_ in tiles.tolist() for slot in range(begin, begin + count)]
         assert sorted(slots) == sorted(index.tolist()) == list(range(n))
+
+
+def test_without_small_tiles_the_rest_of_a_run_comes_first():
+    """Where a row sees least: rows 0 to 2 see three keys, the last 8 all 19."""
+    plan = build_tiles(VocoLayout.from_spans([[Image(17, 2), Text(16)]], isolated=True), EQUAL)
+    assert plan.row_tiles[:, :2].tolist() == [[27, 8], [19, 8], [11, 8], [3, 8], [0, 3]]
+    assert plan.row_tiles[2:, 7].tolist() == [19, 11, 3]
 
 
 @given(layout=layouts)

@@ -19,6 +19,7 @@ triton_plan = pytest.importorskip("voco_kernels.backends.triton.plan")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Geometry(rows=8, small_rows=2, keys=4)
+EQUAL = Geometry(rows=8, small_rows=0, keys=8)
 BLOCK, CHUNKS = 32, 4
 MARGIN, POISON = 64, 2**30 + 7
 NAMES = [field.name for field in dataclasses.fields(TilePlan)[2:]]
@@ -80,11 +81,12 @@ layouts = st.booleans().flatmap(
 )
 
 
+@pytest.mark.parametrize("geometry", [SMALL, EQUAL], ids=["small", "equal"])
 @settings(max_examples=20)
 @given(layout=layouts)
-def test_any_layout(allocated, layout):
+def test_any_layout(allocated, geometry, layout):
     allocated.clear()
-    assert_same_plan(layout, SMALL)
+    assert_same_plan(layout, geometry)
     assert_margins(allocated)
 
 
@@ -149,10 +151,11 @@ runs = st.lists(st.tuples(st.sampled_from([-HUGE, -1, 0, 1, 2, HUGE]), st.intege
 cuts = st.lists(st.integers(-3, 120) | st.sampled_from([-HUGE, HUGE]), min_size=1, max_size=6)
 
 
+@pytest.mark.parametrize("geometry", [SMALL, EQUAL], ids=["small", "equal"])
 @settings(max_examples=12)
 @example(runs=[(1, 20)], cuts=[0, 9, 20], isolated=False, seed=0)
 @given(runs=runs, cuts=cuts, isolated=st.booleans(), seed=st.integers(0, 99))
-def test_nonsense_stays_inside(allocated, runs, cuts, isolated, seed):
+def test_nonsense_stays_inside(allocated, geometry, runs, cuts, isolated, seed):
     """Nothing is written outside of tensors, and a kernel that works through the tiles stays inside its own."""
     allocated.clear()
     ids = [name for name, length in runs for _ in range(length)]
@@ -160,7 +163,7 @@ def test_nonsense_stays_inside(allocated, runs, cuts, isolated, seed):
     segment, ends = (guarded(torch.tensor(x, dtype=torch.int32)) for x in (ids, cuts))
     public = guarded(torch.rand(n, generator=torch.Generator().manual_seed(seed)) < 0.5)
     layout = VocoLayout(segment, public, ends, torch.zeros(n, dtype=torch.int64, device=DEVICE), isolated)
-    plan = triton_plan.build_tiles_on_gpu(layout, SMALL)
+    plan = triton_plan.build_tiles_on_gpu(layout, geometry)
     assert_margins(allocated)
     for index in (plan.row_index, plan.key_index):
         assert index.sort().values.tolist() == list(range(n))

@@ -8,13 +8,13 @@ from .tiles import Geometry, TilePlan, tile_plan, useful_pairs
 KERNELS = ("forward", "dq", "dkv")
 
 
-def prepared_tiles(layout: VocoLayout) -> TilePlan:
-    """See `VocoLayout.prepare`."""
+def prepared_tiles(layout: VocoLayout, geometry: Geometry) -> TilePlan:
+    """The tiles of a layout, made by Triton on a GPU where it runs: in four launches."""
     if layout.device.type == "cuda":
         triton = load_module(ATTENTION, "triton")
         if triton.unavailable_reason() is None:
-            return triton.plan_of(layout, Geometry())
-    return tile_plan(layout, Geometry())
+            return triton.plan_of(layout, geometry)
+    return tile_plan(layout, geometry)
 
 
 def tile_efficiency(layout: VocoLayout, head_dim: int, backend: str, which: str) -> float:

@@ -25,7 +25,8 @@ class Geometry:
 
     Attributes:
         rows: rows of a row tile.
-        small_rows: rows of the tiles that finish a run whose rest is at most two of them.
+        small_rows: rows of the tiles that finish a run whose rest is at most two of them; 0 where no tile is smaller. Then
+            the rest of a run comes first.
         keys: keys of a key tile.
     """
 
@@ -310,8 +311,12 @@ def _tile_begins(at: torch.Tensor, length: torch.Tensor, size: int, small: int) 
     """(whether a tile begins at each token, and with how many members).
 
     `at` is a token's place in its run and `length` how long the run is. A rest that fits into two small tiles is cut into
-    those, any other one is a tile of its own.
+    those, any other one is a tile of its own. Without small tiles the rest comes first, where a row sees least: its tile has
+    a whole one's height, whatever its rows.
     """
+    if small == 0:
+        before = (-length) % size  # what the first tile lacks
+        return ((at + before) % size == 0) | (at == 0), torch.minimum(length - at, size - torch.where(at == 0, before, 0))
     block = at - at % size
     rest = length - block
     is_small = (rest < size) & (rest <= 2 * small)

@@ -1,5 +1,5 @@
 // The attention kernels on a problem from a file, in memory without a byte to spare, against arithmetic in double precision;
-// run under sanitizers. Compiled for one type and head_dim (VOCO_T, VOCO_D); with VOCO_HOPPER for Hopper's forward alone.
+// run under sanitizers. Compiled for one type and head_dim (VOCO_T, VOCO_D); with VOCO_HOPPER for Hopper's kernels.
 //
 //     attention_cases FILE [WRONG]     prints "N failures" and "bank conflicts: N"
 //
@@ -21,7 +21,8 @@
 #include "voco/attention_backward.cuh"
 #include "voco/attention_forward.cuh"
 #ifdef VOCO_HOPPER
-#include "voco/attention_hopper.cuh"
+#include "voco/attention_hopper_backward.cuh"
+#include "voco/attention_hopper_forward.cuh"
 #endif
 
 namespace {
@@ -119,11 +120,12 @@ int main(int argc, char** argv) {
   args.scale_log2 = args.scale * voco::attention::kLog2E;
   voco::host::reset_bank_conflicts();
 #ifdef VOCO_HOPPER
-  const bool has_gradients = false;
   // Fewer blocks than tiles, so that they go on to further ones.
   int code = voco::attention::launch_hopper_forward<T, kHeadDim>(args, 3, nullptr);
+  code |= voco::attention::launch_hopper_query_gradient<T, kHeadDim>(args, 3, nullptr);
+  args.plan.tiles = key_tiles.data.get(), args.plan.num_tiles = num_key_tiles;
+  code |= voco::attention::launch_hopper_key_gradient<T, kHeadDim>(args, 3, nullptr);
 #else
-  const bool has_gradients = true;
   int code = voco::attention::launch_forward<T, kHeadDim>(args, num_row_tiles * heads, nullptr);
   code |= voco::attention::launch_query_gradient<T, kHeadDim>(args, num_row_tiles * heads, nullptr);
   args.plan.tiles = key_tiles.data.get(), args.plan.num_tiles = num_key_tiles;
@@ -173,11 +175,9 @@ int main(int argc, char** argv) {
     }
   };
   compare(out, want_out, "out");
-  if (has_gradients) {
-    compare(dq, want_dq, "dq");
-    compare(dk, want_dk, "dk");
-    compare(dv, want_dv, "dv");
-  }
+  compare(dq, want_dq, "dq");
+  compare(dk, want_dk, "dk");
+  compare(dv, want_dv, "dv");
   std::printf("%d failures\nbank conflicts: %llu\n", failures, static_cast<unsigned long long>(conflicts));
   return failures != 0 && wrong.empty();
 }

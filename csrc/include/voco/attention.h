@@ -12,7 +12,7 @@
 namespace voco::attention {
 
 // What the kernels are made for. Rows are 16 at a time in a tensor core, and so are keys in the backward.
-constexpr int kTileRows = 64, kTileKeys = 64, kHopperRows = 128;
+constexpr int kTileRows = 64, kTileKeys = 64, kHopperTile = 128;
 
 // [N, H, D], strides in elements; columns are neighbours, and rows begin at multiples of 16 bytes.
 struct Rows {
@@ -46,13 +46,16 @@ struct Arguments {
 
 // Over row tiles: out and lse.
 int run_forward(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
-// The same on GPUs of compute capability 9.0, over row tiles of up to kHopperRows rows. `head_dim` is 64 or 128; where the
-// module was not compiled for sm_90a, cudaErrorNoKernelImageForDevice.
-int run_hopper_forward(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
 // Over row tiles: dq and delta.
 int run_query_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
 // Over key tiles and heads of keys: dk and dv. Reads delta.
 int run_key_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
+
+// The same on GPUs of compute capability 9.0, over tiles of up to kHopperTile rows or keys. `head_dim` is 64 or 128; where the
+// module was not compiled for sm_90a, cudaErrorNoKernelImageForDevice.
+int run_hopper_forward(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
+int run_hopper_query_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
+int run_hopper_key_gradient(const Arguments& arguments, Dtype dtype, int head_dim, int blocks, void* stream);
 
 // The most bytes of shared memory that a block of these kernels takes; 0 for a head_dim that there is none for.
 int shared_bytes(int head_dim);

@@ -7,7 +7,8 @@
 
 namespace voco::attention {
 
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+// As cudaErrorInvalidValue and cudaErrorNoKernelImageForDevice.
+constexpr int kInvalidValue = 1, kNoKernelImage = 209;
 
 template <class T, int kColumns>
 struct Instance {
@@ -33,6 +34,23 @@ int with_instance(Dtype dtype, int head_dim, Launcher launcher) {
     case Dtype::kBFloat16: return with_element(__nv_bfloat16{});
     default: return kInvalidValue;
   }
+}
+
+// The same for the kernels that only Hopper has.
+template <class Launcher>
+int with_hopper_instance(Dtype dtype, int head_dim, Launcher launcher) {
+#if defined(VOCO_HOPPER) || defined(VOCO_HOST)
+  return with_instance(dtype, head_dim, [&](auto instance) {
+    constexpr int kHeadDim = decltype(instance)::kHeadDim;
+    if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+      return launcher(instance);
+    } else {
+      return kInvalidValue;
+    }
+  });
+#else
+  return kNoKernelImage;
+#endif
 }
 
 }  // namespace voco::attention

@@ -29,9 +29,8 @@ __device__ inline void for_each_pair(const Plan& plan, int heads, Body body) {
     if (columns[1] == 0) break;
     body(columns, pair[0] % heads);
     // Everyone is through with the pair before the next one begins, and with all copies for it: of a tile that meets nothing,
-    // no step has waited for them.
+    // no step has waited for them. The pair's number was read before the body's first barrier.
     cp_async_wait<0>();
-    sync_block();
     if (threadIdx.x == 0) pair[0] += gridDim.x;
     sync_block();
   }

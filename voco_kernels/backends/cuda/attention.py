@@ -1,7 +1,7 @@
 """Attention in CUDA, forward and backward, for 16-bit numbers: csrc/include/voco/attention.h on tensors.
 
-One kernel family serves all GPUs from compute capability 8.0 on; Hopper has a forward of its own, with larger row tiles.
-Design and limits are in DESIGN.md.
+One kernel family serves all GPUs from compute capability 8.0 on; Hopper has kernels of its own, with larger tiles. Design
+and limits are in DESIGN.md.
 """
 
 from functools import cache, partial
@@ -18,7 +18,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 HEAD_DIMS = (64, 96, 128, 256)
 GEOMETRY = Geometry(rows=64, small_rows=16, keys=64)
 # No small tiles: the least that Hopper's products take are 64 rows.
-HOPPER_GEOMETRY = Geometry(rows=128, small_rows=0, keys=64)
+HOPPER_GEOMETRY = Geometry(rows=128, small_rows=0, keys=128)
 HOPPER_HEAD_DIMS = (64, 128)
 NOTHING = (0, 0, 0)
 
@@ -38,12 +38,9 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VocoLayout, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse) in one launch; differentiable by autograd. Tensors whose rows are not contiguous or aligned are copied."""
-    plan = tile_plan(layout, HOPPER_GEOMETRY) if _has_wgmma(q) else _plan(layout)
-
-    def gradients(*saved):
-        return backward(*saved, _plan(layout), scale)
-
-    out, lse = tiled.attention(q, k, v, tiled.Kernels(partial(forward, plan=plan, scale=scale), gradients))
+    plan = plan_of(layout, q)
+    kernels = tiled.Kernels(partial(forward, plan=plan, scale=scale), partial(backward, plan=plan, scale=scale))
+    out, lse = tiled.attention(q, k, v, kernels)
     return out, lse if return_lse else None
 
 
@@ -57,19 +54,26 @@ def attention_backward(
     layout: VocoLayout,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) in two launches."""
-    return backward(grad_out, q, k, v, out, lse, _plan(layout), scale)
+    """(dq, dk, dv) in two launches, on Hopper three."""
+    return backward(grad_out, q, k, v, out, lse, plan_of(layout, q), scale)
+
+
+def plan_of(layout: VocoLayout, q: torch.Tensor) -> TilePlan:
+    """The tiles of a layout for such queries: those of Hopper's kernels on GPUs that have them."""
+    # Called up to where layouts are prepared; only there it is known what builds plans on a GPU.
+    from ...planning import prepared_tiles
+
+    return tile_plan(layout, HOPPER_GEOMETRY if _has_wgmma(q) else GEOMETRY, prepared_tiles)
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head); Hopper's kernel for a plan of its geometry."""
+    """(out [N, Hq, D] contiguous, lse [N, Hq] float32, head by head)."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = _per_row(q)
-    kernel = "hopper forward" if plan.geometry == HOPPER_GEOMETRY else "forward"
-    _launch(kernel, plan, scale, {"q": q, "k": k, "v": v, "out": out}, lse)
+    _launch("forward", plan, scale, {"q": q, "k": k, "v": v, "out": out}, lse)
     return out, lse
 
 
@@ -104,6 +108,7 @@ def computed_pairs(layout: VocoLayout, head_dim: int, which: str) -> int:
 
 
 def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Tensor, delta: torch.Tensor | None = None):
+    """Hopper's own kernels for a plan of their geometry."""
     q, k = rows["q"], rows["k"]
     tokens, heads, head_dim = q.shape
     if not tokens:
@@ -112,13 +117,15 @@ def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Te
     lists = (tiles, plan.row_index, plan.key_index, plan.reader_index, plan.late_index, plan.after)
     names = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
     device = q.device.index if q.is_cuda else -1
+    # A block for each pair of a tile and a head; Hopper's blocks stay, one on each multiprocessor.
+    on_hopper, pairs_of_all = plan.geometry == HOPPER_GEOMETRY, plan.likely(tiles) * per_tile
     load().attention(
-        kernel=kernel,
+        kernel=f"hopper {kernel}" if on_hopper else kernel,
         device=device,
         stream=0 if device < 0 else torch._C._cuda_getCurrentRawStream(device),
         dtype=DTYPES[q.dtype],
         head_dim=head_dim,
-        blocks=_blocks(kernel, plan.likely(tiles) * per_tile, q.device),
+        blocks=min(pairs_of_all, multiprocessors(q.device)) if on_hopper else pairs_of_all,
         rows=[_address(rows[name]) if name in rows else NOTHING for name in names],
         lse=lse.data_ptr(),
         delta=0 if delta is None else delta.data_ptr(),
@@ -132,25 +139,13 @@ def _launch(kernel: str, plan: TilePlan, scale: float, rows: dict, lse: torch.Te
 
 
 def _has_wgmma(q: torch.Tensor) -> bool:
-    """Whether Hopper's own forward serves such queries."""
+    """Whether Hopper's own kernels serve such queries."""
     return q.is_cuda and q.shape[2] in HOPPER_HEAD_DIMS and _is_hopper(q.device)
 
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and "sm_90a" in load().compiled_archs()
-
-
-def _blocks(kernel: str, pairs: int, device: torch.device) -> int:
-    """A block for each pair of a tile and a head; of Hopper's forward, whose blocks stay, one per multiprocessor."""
-    return min(pairs, multiprocessors(device)) if kernel == "hopper forward" else pairs
-
-
-def _plan(layout: VocoLayout) -> TilePlan:
-    # Called up to where layouts are prepared; only there it is known what builds plans on a GPU.
-    from ...planning import prepared_tiles
-
-    return tile_plan(layout, GEOMETRY, lambda layout, geometry: prepared_tiles(layout))
 
 
 def _per_row(q: torch.Tensor) -> torch.Tensor:

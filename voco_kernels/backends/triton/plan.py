@@ -235,11 +235,17 @@ def index_kernel(
 @triton.jit
 def _tile_begins(at, length, SIZE: tl.constexpr, SMALL: tl.constexpr):
     """(whether a tile begins at each place of its run, and with how many members), as in tiles.py."""
-    inside = at % SIZE
-    rest = length - at + inside
-    is_small = (rest < SIZE) & (rest <= 2 * SMALL)
-    begins = tl.where(is_small, inside % SMALL, inside) == 0
-    return begins, tl.minimum(length - at, tl.where(is_small, SMALL, SIZE))
+    if SMALL == 0:
+        before = SIZE - 1 - (length + SIZE - 1) % SIZE
+        begins = ((at + before) % SIZE == 0) | (at == 0)
+        size = tl.where(at == 0, SIZE - before, SIZE)
+    else:
+        inside = at % SIZE
+        rest = length - at + inside
+        is_small = (rest < SIZE) & (rest <= 2 * SMALL)
+        begins = tl.where(is_small, inside % SMALL, inside) == 0
+        size = tl.where(is_small, SMALL, SIZE)
+    return begins, tl.minimum(length - at, size)
 
 
 @triton.jit
