@@ -272,8 +272,10 @@ PYBIND11_MODULE(_cuda, m) {
         "Launch decoding: rows are (address, strides of outer, token, head) of q, k_cache, v_cache; prefix_rows of k and v; "
         "prefix_scales (address, strides of token, head); prefix_ends the addresses of cu_prefix and cu_requests; results those "
         "of out, lse, partial_out, partial_lse. 0 stands for what there is not.");
-  m.def("decode_shared", &voco::decode::shared_bytes, py::arg("head_dim"),
-        "Bytes of shared memory that a block of the decoding kernels takes at most.");
+  m.def("decode_shared",
+        [](int head_dim, int stored) { return voco::decode::shared_bytes(head_dim, static_cast<voco::Dtype>(stored)); },
+        py::arg("head_dim"), py::arg("stored"),
+        "Bytes of shared memory that a block of the decoding kernels takes, for a prefix of the dtype `stored`.");
   // Local, so that a second build of this module, for another device, can be loaded beside it.
   py::class_<KvMover>(m, "KvMover", py::module_local(),
                       "Injection or extraction for one group of layers whose caches have the same strides.")

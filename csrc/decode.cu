@@ -1,7 +1,5 @@
 #include "voco/decode.cuh"
 
-#include <algorithm>
-
 #include "voco/attention_launch.cuh"
 
 namespace voco::decode {
@@ -25,14 +23,20 @@ int run(const Arguments& arguments, Dtype dtype, Dtype stored, int head_dim, voi
   return run_second(arguments, head_dim, stream);
 }
 
-int shared_bytes(int head_dim) {
-  int most = 0;
+int shared_bytes(int head_dim, Dtype stored) {
+  int bytes = 0;
   attention::with_instance(Dtype::kFloat16, head_dim, [&](auto instance) {
     constexpr int kHeadDim = decltype(instance)::kHeadDim;
-    most = std::max(Shape<__half, kHeadDim>::kSharedBytes, Shape<int8_t, kHeadDim>::kSharedBytes);
+    switch (stored) {
+      case Dtype::kFloat16:
+      case Dtype::kBFloat16: bytes = kLaunchBytes<__half, __half, kHeadDim>; break;
+      case Dtype::kInt8:
+      case Dtype::kFloat8: bytes = kLaunchBytes<__half, int8_t, kHeadDim>; break;
+      default: break;
+    }
     return 0;
   });
-  return most;
+  return bytes;
 }
 
 }  // namespace voco::decode

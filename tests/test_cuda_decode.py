@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_host
 import pytest
@@ -20,6 +21,7 @@ from fake_cuda import cuobjdump
 from hypothesis import given, settings
 
 from voco_kernels import decode_attention
+from voco_kernels.backends import cuda as package
 from voco_kernels.backends.cuda import decode
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +67,7 @@ def test_many_splits(monkeypatch, stored):
     """More than there are steps of keys; and so many groups that a warp looks for its own twice."""
     problem = Problem(replace(FORM, groups=((0, 1),) * 33 + FORM.groups + ((0, 0),), stored=stored, head_dim=96))
     for count in (1, 2, 3, 7):
-        monkeypatch.setattr(decode, "splits", lambda items, keys, multiprocessors: count)  # noqa: B023
+        monkeypatch.setattr(decode, "splits", lambda items, keys, places: count)  # noqa: B023
         problem.check(problem.run("cuda"))
 
 
@@ -131,6 +133,16 @@ def test_no_requests_and_no_keys():
     assert not out.any() and (lse == float("-inf")).all()
 
 
+@pytest.mark.parametrize("stored", [None, torch.int8])
+def test_a_compiled_graph_holds_it(stored):
+    problem = Problem(replace(FORM, block=4, stored=stored))
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    caches = (problem.q, problem.k_cache, problem.v_cache, problem.lengths)
+    results = compiled(*caches, block_table=problem.table, prefix=problem.prefix, backend="cuda", return_lse=True)
+    for x, y in zip(results, problem.run("cuda"), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -143,12 +155,85 @@ def test_what_it_does_not_take(change, reason):
         Problem(replace(FORM, **change)).run("cuda")
 
 
-def test_splits_fill_a_gpu_without_being_short():
-    assert decode.splits(items=32, keys=8192, multiprocessors=132) == 9
-    assert decode.splits(items=8, keys=100, multiprocessors=132) == 1
-    assert decode.splits(items=10_000, keys=10**6, multiprocessors=132) == 1
-    assert decode.splits(items=1, keys=10**6, multiprocessors=132) == decode.MOST_SPLITS
-    assert decode.splits(items=0, keys=0, multiprocessors=1) == 1
+# By bytes of shared memory of a multiprocessor and, at most, of a block, as compute capability 9.0, 8.0 and 8.6 have it:
+# blocks that a multiprocessor holds of each head_dim, without and with a prefix of bytes; 0 where it is refused. On the last
+# one, which nobody makes, what the system takes makes a difference.
+GPUS = {
+    (233472, 232448): {64: (4, 4), 96: (4, 3), 128: (4, 4), 256: (2, 2)},
+    (167936, 166912): {64: (4, 4), 96: (4, 2), 128: (3, 3), 256: (1, 1)},
+    (102400, 101376): {64: (3, 2), 96: (2, 1), 128: (1, 1), 256: (1, 0)},
+    (110000, 108976): {64: (3, 2), 96: (2, 1), 128: (2, 2), 256: (1, 1)},
+}
+
+
+@pytest.fixture(params=GPUS, ids=["9.0", "8.0", "8.6", "none"])
+def gpu(request, monkeypatch, backend):
+    """(device, blocks held by head_dim) of a GPU that is not there, which has all that other kernels ask for."""
+    whole, block = request.param
+    fake = SimpleNamespace(
+        DEVICE_TYPE="cuda",
+        compiled_archs=lambda: ["compute_80"],
+        device_query=lambda: [{"shared_memory_per_block_optin": block}],
+        decode_shared=backend.decode_shared,
+    )
+    for module in (decode, package):
+        monkeypatch.setattr(module, "load", lambda: fake)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=whole)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for cached in (decode.blocks_held, package.unserved_by_gpu):
+        cached.cache_clear()
+    yield torch.device("cuda", 0), GPUS[request.param]
+    for cached in (decode.blocks_held, package.unserved_by_gpu):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("stored", [None, *BYTES])
+@pytest.mark.parametrize("head_dim", decode.HEAD_DIMS)
+def test_blocks_that_a_multiprocessor_holds(gpu, backend, head_dim, stored, dtype):
+    """Only what a GPU has no memory for is refused, and of the rest it is given as many as it holds."""
+    device, held = gpu
+    blocks = held[head_dim][stored is not None]
+    q = SimpleNamespace(dtype=dtype, shape=(3, 1, 4, head_dim), device=device)
+    reason = decode.unsupported_reason(q, stored)
+    if blocks:
+        assert reason is None and decode.blocks_held(device, head_dim, stored or dtype) == blocks
+    else:
+        needs = backend.decode_shared(head_dim, decode.STORED_DTYPES[stored])
+        assert reason == f"head_dim {head_dim} needs {needs} bytes of shared memory, and the GPU has 101376"
+
+
+def test_registers_are_enough_for_the_most_blocks_and_no_more():
+    """A multiprocessor has 65,536, and a thread takes a multiple of 8."""
+    for kernels in json.loads(BUDGET.read_text()).values():
+        for name, kernel in kernels.items():
+            if name.startswith("split"):
+                head_dim = int(name.split()[-1])
+                threads = 128 if head_dim == 256 else 64
+                assert 65536 // (-(-kernel["registers"] // 8) * 8 * threads) == decode.MOST_BLOCKS[head_dim], name
+
+
+def test_splits_fill_a_gpu_once_without_being_short():
+    assert decode.splits(items=32, keys=8192, places=264) == 8
+    assert decode.splits(items=32, keys=8192, places=528) == 16
+    assert decode.splits(items=32, keys=3000, places=528) == 12
+    assert decode.splits(items=8, keys=100, places=264) == 1
+    assert decode.splits(items=10_000, keys=10**6, places=264) == 1
+    assert decode.splits(items=1, keys=10**6, places=264) == decode.MOST_SPLITS
+    assert decode.splits(items=0, keys=0, places=1) == 1
+
+
+@pytest.mark.parametrize(("head_dim", "count"), [(64, 12), (256, 6)])
+def test_own_keys_and_prefixes_are_split_for_the_places_of_their_kernel(monkeypatch, backend, head_dim, count):
+    """Of 3 multiprocessors, which the host stands for."""
+    launches = []
+    recording = SimpleNamespace(**vars(backend) | {"decode": lambda **launch: launches.append(launch)})
+    monkeypatch.setattr(decode, "load", lambda: recording)
+    form = Form(groups=((1, 4000),), lengths=(4000,), kv_heads=1, head_dim=head_dim, dtype=torch.float16)
+    Problem(form).run("cuda")
+    assert [(launch["own_splits"], launch["prefix_splits"]) for launch in launches] == [(count, count)]
 
 
 # ---- sanitizers --------------------------------------------------------------------------------------------------------

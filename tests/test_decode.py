@@ -82,6 +82,56 @@ def test_only_the_output_is_returned_unless_asked():
     assert isinstance(out, torch.Tensor) and torch.equal(out, problem.run("torch")[0])
 
 
+# ---- as an operator ----------------------------------------------------------------------------------------------------
+
+# Without a prefix, with one, with one of bytes; contiguous and paged. Of the first one, what torch computes is not dense.
+PAGED = replace(FORM, block=4)
+TRACED = [replace(FORM, groups=(), group_heads=1), replace(PAGED, dtype=torch.bfloat16), replace(PAGED, stored=INT8)]
+
+
+@pytest.mark.parametrize("form", TRACED)
+def test_a_compiled_graph_holds_it(form):
+    """As one operator, whatever is read from the tensors inside; lengths and groups may then be others."""
+    problem, seen = Problem(form), []
+
+    def keep(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return torch.compile(graph, backend="aot_eager")
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def compiled(q, k_cache, v_cache, lengths, table, prefix):
+        return decode_attention(q, k_cache, v_cache, lengths, block_table=table, prefix=prefix, return_lse=True)
+
+    for _ in range(2):
+        results = compiled(problem.q, problem.k_cache, problem.v_cache, problem.lengths, problem.table, problem.prefix)
+        for x, y in zip(results, problem.run("torch"), strict=True):
+            assert torch.equal(x, y)
+        problem.lengths.sub_(1)
+    assert seen.count("voco.decode_attention.default") + seen.count("voco.decode_attention") == 1
+
+
+def test_a_compiled_graph_refuses_what_a_call_does():
+    problem = Problem(FORM)
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^backend must be .+, but was 'fast'"):
+        compiled(problem.q, problem.k_cache, problem.v_cache, problem.lengths, backend="fast")
+    with torch.no_grad():
+        q = problem.q.clone().requires_grad_()
+        assert not compiled(q, problem.k_cache, problem.v_cache, problem.lengths).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", TRACED)
+def test_opcheck(form, dtype):
+    problem = Problem(replace(form, dtype=dtype))
+    # Poison would be unequal to itself wherever an input is compared.
+    caches = (x.nan_to_num(0) for x in (problem.k_cache, problem.v_cache))
+    names = ("k", "v", "cu_prefix", "cu_requests", "k_scale", "v_scale")
+    shared = (problem.prefix and getattr(problem.prefix, name) for name in names)
+    arguments = (problem.q, *caches, problem.lengths, problem.table, *shared, 0.3, "torch")
+    torch.library.opcheck(torch.ops.voco.decode_attention.default, arguments)
+
+
 # ---- a prefix from stored K/V ------------------------------------------------------------------------------------------
 
 

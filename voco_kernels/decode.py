@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import backends
+from . import backends, ops
 from .attention import DTYPES
 from .errors import reject, require_tensor
 from .kv_cache import QUANTISED_DTYPES, VocoKV
@@ -131,7 +131,8 @@ def decode_attention(
             changed in place between its replays). "auto" is "torch" everywhere: no GPU has measured the other yet.
         return_lse: also return the log-sum-exp of the scaled scores.
         check: check the values of lengths, cu_prefix and cu_requests on a device too (synchronises); on the CPU they always
-            are. Unchecked, what lies outside is cut off, and what a request in no group or in two gets nobody knows.
+            are; in graphs of torch.compile never. Unchecked, what lies outside is cut off, and what a request in no group or
+            in two gets nobody knows.
 
     Returns:
         out ([R, T, Hq, D], dtype of q): zeros for a query that sees nothing.
@@ -152,10 +153,13 @@ def decode_attention(
         _check_prefix(prefix, q, k_cache)
     _check_values(q.shape[0], capacity, lengths, prefix, check)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    stored = None if prefix is None else prefix.k.dtype
-    module = backends.load_decode(backends.resolved_decode(backend), q, stored)
-    with torch.no_grad():
-        out, lse = module.decode(q, k_cache, v_cache, lengths, block_table, prefix, scale)
+    if torch.compiler.is_compiling():
+        out, lse = ops.decode_attention(q, k_cache, v_cache, lengths, block_table, prefix, scale, backend)
+    else:
+        stored = None if prefix is None else prefix.k.dtype
+        module = backends.load_decode(backends.resolved_decode(backend), q, stored)
+        with torch.no_grad():
+            out, lse = module.decode(q, k_cache, v_cache, lengths, block_table, prefix, scale)
     return (out, lse) if return_lse else out
 
 

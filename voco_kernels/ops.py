@@ -4,6 +4,8 @@ Eager calls do not come here: they reach the backend directly, which is cheaper 
 receives the tensors of a layout, not the layout; backends find what they derived from it by those tensors.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,55 @@ voco_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+class _Prefix(NamedTuple):
+    """A `SharedPrefix` as backends read it; the checks were made where the graph was traced."""
+
+    k: Tensor
+    v: Tensor
+    cu_prefix: Tensor
+    cu_requests: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths, block_table, prefix, scale: float, backend: str):
+    """`voco::decode_attention` on the tensors of a `SharedPrefix`, or of none: (out, lse)."""
+    tensors = [None] * len(_Prefix._fields) if prefix is None else [getattr(prefix, name) for name in _Prefix._fields]
+    return decode_attention_op(q, k_cache, v_cache, lengths, block_table, *tensors, scale, backend)
+
+
+@torch.library.custom_op("voco::decode_attention", mutates_args=())
+def decode_attention_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cu_prefix: Tensor | None,
+    cu_requests: Tensor | None,
+    prefix_k_scale: Tensor | None,
+    prefix_v_scale: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See `voco_kernels.decode_attention`; not differentiable."""
+    prefix = stored = None
+    if prefix_k is not None:
+        prefix = _Prefix(prefix_k, prefix_v, cu_prefix, cu_requests, prefix_k_scale, prefix_v_scale)
+        stored = prefix_k.dtype
+    module = backends.load_decode(backends.resolved_decode(backend), q, stored)
+    out, lse = module.decode(q, k_cache, v_cache, lengths, block_table, prefix, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@decode_attention_op.register_fake
+def _(q, *rest):
+    lse = q.new_empty(q.shape[:3], dtype=_empty_lse(q).dtype)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @torch.library.custom_op("voco::extract_kv", mutates_args=())

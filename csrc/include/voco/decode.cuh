@@ -407,13 +407,18 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   if (column == 0) args.lse[row] = sum == 0 ? -kInfinity : (highest + log2f(sum)) * attention::kLn2;
 }
 
+// Shared memory of a launch, whose blocks take items of both kinds.
+template <class T, class Stored, int kHeadDim>
+constexpr int kLaunchBytes = Shape<Stored, kHeadDim>::kSharedBytes > Shape<T, kHeadDim>::kSharedBytes
+                                 ? Shape<Stored, kHeadDim>::kSharedBytes
+                                 : Shape<T, kHeadDim>::kSharedBytes;
+
 template <class T, class Stored, int kHeadDim>
 int launch_splits(const Arguments& args, void* stream) {
   const int64_t key_heads = args.heads / args.group, own = int64_t{own_blocks(args)} * args.requests * args.own_splits;
   const int64_t blocks = key_heads * (own + int64_t{prefix_blocks(args)} * args.prefix_splits);
-  constexpr int kShared = Shape<Stored, kHeadDim>::kSharedBytes, kOwnShared = Shape<T, kHeadDim>::kSharedBytes;
   return launch(split_kernel<T, Stored, kHeadDim>, dim3(static_cast<unsigned>(blocks)), dim3(Shape<T, kHeadDim>::kThreads),
-                kShared > kOwnShared ? kShared : kOwnShared, stream, args);
+                kLaunchBytes<T, Stored, kHeadDim>, stream, args);
 }
 
 template <class T>

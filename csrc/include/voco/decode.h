@@ -62,8 +62,8 @@ struct Arguments {
 // 256; else cudaErrorInvalidValue. Two launches on `stream` of the current device, none without requests.
 int run(const Arguments& arguments, Dtype dtype, Dtype stored, int head_dim, void* stream);
 
-// Bytes of shared memory that a block takes at most; 0 for a head_dim that there are no kernels for.
-int shared_bytes(int head_dim);
+// Bytes of shared memory that a block takes, the same for both types of queries; 0 where there is no kernel.
+int shared_bytes(int head_dim, Dtype stored);
 
 // Of run(): the first launch, for prefixes of one type of numbers each.
 int run_splits(const Arguments& arguments, Dtype dtype, int head_dim, void* stream);

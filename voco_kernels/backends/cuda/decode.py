@@ -4,6 +4,8 @@ Two launches: attention over splits of the keys, and the merge of their results.
 and on the GPU alone, so nothing is waited for, and a CUDA graph can hold both. Design and limits are in DESIGN.md.
 """
 
+from functools import cache
+
 import torch
 
 from . import kernels_unavailable_reason, load, multiprocessors, unserved_reason
@@ -13,9 +15,9 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STORED_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64
-# Blocks of threads that a multiprocessor is given where there are keys enough: what they copy ahead then hides the memory's
-# latency, and partial results stay few.
-BLOCKS_PER_SM = 2
+# By head_dim, blocks of threads for which a multiprocessor has registers. A block also takes shared memory for the system.
+MOST_BLOCKS = {64: 4, 96: 4, 128: 4, 256: 2}
+SYSTEM_BYTES = 1024
 # A split of fewer keys costs more to merge than it saves.
 SPLIT_KEYS, MOST_SPLITS = 256, 64
 NO_ROWS, NO_SCALES = (0, 0, 0, 0), (0, 0, 0)
@@ -29,7 +31,7 @@ def unsupported_reason(q: torch.Tensor, stored: torch.dtype | None) -> str | Non
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[3] not in HEAD_DIMS:
         return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {q.shape[3]}"
-    return unserved_reason(q.device, q.shape[3], load().decode_shared(q.shape[3]))
+    return unserved_reason(q.device, q.shape[3], shared_bytes(q.shape[3], stored or q.dtype))
 
 
 def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
@@ -41,18 +43,19 @@ def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
     capacity = min(capacity, 2**31 - 1)
     kept = [q, k, v, lengths.contiguous()]
     table = None if block_table is None else block_table.contiguous()
-    sms = multiprocessors(q.device)
     rows = tokens * heads // key_heads
-    own_splits = splits(requests * key_heads * -(-rows // TILE_ROWS), capacity, sms)
     shared = {"prefix_rows": [NO_ROWS, NO_ROWS], "prefix_scales": [NO_SCALES, NO_SCALES], "prefix_ends": [0, 0]}
     groups = prefix_tokens = prefix_splits = 0
-    stored = q.dtype
-    if prefix is not None and prefix.k.shape[0]:
+    shares_prefix = prefix is not None and prefix.k.shape[0] > 0
+    stored = prefix.k.dtype if shares_prefix else q.dtype
+    places = multiprocessors(q.device) * blocks_held(q.device, head_dim, stored)
+    own_splits = splits(requests * key_heads * -(-rows // TILE_ROWS), capacity, places)
+    if shares_prefix:
         pk, pv = (_aligned(x) for x in (prefix.k, prefix.v))
         ends = [x.contiguous() for x in (prefix.cu_prefix, prefix.cu_requests)]
         kept += [pk, pv, *ends]
-        stored, prefix_tokens, groups = pk.dtype, pk.shape[0], ends[0].shape[0] - 1
-        prefix_splits = splits(key_heads * max(-(-requests * rows // TILE_ROWS), groups), prefix_tokens, sms)
+        prefix_tokens, groups = pk.shape[0], ends[0].shape[0] - 1
+        prefix_splits = splits(key_heads * max(-(-requests * rows // TILE_ROWS), groups), prefix_tokens, places)
         shared = {
             "prefix_rows": [(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (pk, pv)],
             "prefix_scales": [
@@ -93,10 +96,26 @@ def decode(q, k_cache, v_cache, lengths, block_table, prefix, scale):
     return out, lse
 
 
-def splits(items: int, keys: int, multiprocessors: int) -> int:
-    """Into how many parts the keys of `items` blocks of threads are cut, so that all multiprocessors have work."""
-    wanted = -(-BLOCKS_PER_SM * multiprocessors // max(items, 1))
-    return max(1, min(wanted, -(-keys // SPLIT_KEYS), MOST_SPLITS))
+def splits(items: int, keys: int, places: int) -> int:
+    """Into how many parts the keys of `items` blocks of threads are cut, for a GPU that holds `places` blocks at once.
+
+    Rounded down: one block more than there are places would wait until another has ended, and the whole launch for it.
+    """
+    return max(1, min(places // max(items, 1), -(-keys // SPLIT_KEYS), MOST_SPLITS))
+
+
+@cache
+def blocks_held(device: torch.device, head_dim: int, stored: torch.dtype) -> int:
+    """Blocks of threads that a multiprocessor holds at once: what all of them copy ahead hides the memory's latency."""
+    if device.type != "cuda":
+        return MOST_BLOCKS[head_dim]
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return min(MOST_BLOCKS[head_dim], memory // (shared_bytes(head_dim, stored) + SYSTEM_BYTES))
+
+
+def shared_bytes(head_dim: int, stored: torch.dtype) -> int:
+    """That a block of threads takes."""
+    return load().decode_shared(head_dim, STORED_DTYPES[stored])
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
