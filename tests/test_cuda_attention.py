@@ -181,7 +181,16 @@ def test_steps_that_end_at_the_edge_of_a_mask_on_hopper(hopper, voco):
     assert_case(spans([Image(9 if voco == 1 else 20, voco), Text(text)]), torch.float16, (1, 1))
 
 
-@pytest.mark.parametrize("heads", [(4, 1), (3, 3)], ids=str)
+def test_the_last_row_of_a_step_is_the_first_reader_on_hopper(hopper):
+    assert_case(spans([Text(64), Image(62, 1), Text(1)], isolated=False), torch.float16, (1, 1))
+
+
+def test_copies_by_index_before_many_by_tma_on_hopper(hopper):
+    """They are announced, however many stages TMA fills behind them."""
+    assert_case(spans([Text(5), Image(400, 2)], isolated=False), torch.float16, (1, 1))
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (3, 3), (4, 2)], ids=str)
 def test_many_steps_on_hopper(hopper, heads):
     """Stages go round within a tile and from tile to tile, by TMA and by index; many rows read public keys."""
     assert_case(spans(LONG, [Text(300)], isolated=False), torch.float16, heads)
@@ -208,6 +217,14 @@ def test_expanded_heads_and_odd_strides_of_one_on_hopper(hopper):
     odd = [torch.nn.functional.pad(x, (0, 2, 0, 3))[:, :1, :64] for x in (k, v)]
     assert odd[0].stride(1) % 8 and backend._aligned(odd[0]) is odd[0]
     assert_same(results(q, *odd, grad, MIXED), want)
+
+
+def test_an_odd_stride_of_a_single_token_on_hopper(hopper):
+    layout = spans([Text(1)])
+    x = inputs(layout, torch.float16, (2, 2), 64)
+    odd = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)).as_strided(t.shape, (129, 64, 1)) for t in x]
+    assert backend._aligned(odd[0]) is odd[0]
+    assert_same(results(*odd, layout), results(*x, layout))
 
 
 @pytest.mark.parametrize("change", ["heads first", "one of several"])

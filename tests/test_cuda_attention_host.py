@@ -88,7 +88,7 @@ def test_less_is_computed_than_tiles_have():
 SMALL = spans([Text(5), Image(34, 3), Text(20), Image(14, 2), Text(3)], [Image(66, 2), Text(9)], isolated=False)
 
 
-def problem_file(layout: VocoLayout, folder: Path, head_dim: int, geometry: Geometry, heads=(2, 1)) -> Path:
+def problem_file(layout: VocoLayout, folder: Path, head_dim: int, geometry: Geometry, heads: tuple[int, int]) -> Path:
     """A problem as tests/cuda/attention_cases.cpp reads it."""
     plan, n = build_tiles(layout, geometry), layout.num_tokens
     sizes = [n, heads[0], heads[0] // heads[1], len(plan.row_tiles), len(plan.key_tiles)]
@@ -100,7 +100,9 @@ def problem_file(layout: VocoLayout, folder: Path, head_dim: int, geometry: Geom
     return path
 
 
-def sanitized(kind: str, head_dim: int, folder: Path, wrong: str = "", lazy: bool = True, hopper: bool = False) -> str:
+def sanitized(
+    kind: str, head_dim: int, folder: Path, wrong: str = "", *, lazy=True, hopper=False, layout=SMALL, heads=(2, 1)
+) -> str:
     """What a build of that kind prints; of Hopper's kernels, or of all others."""
     if reason := cuda_host.missing(kind):
         pytest.skip(reason)
@@ -108,7 +110,7 @@ def sanitized(kind: str, head_dim: int, folder: Path, wrong: str = "", lazy: boo
     flags = ["-DVOCO_T=__nv_bfloat16", f"-DVOCO_D={head_dim}", *(["-DVOCO_HOPPER"] if hopper else [])]
     executable = cuda_host.build("attention_cases", sources, kind, extra_flags=flags)
     geometry = backend.HOPPER_GEOMETRY if hopper else backend.GEOMETRY
-    arguments = [problem_file(SMALL, folder, head_dim, geometry), *([wrong] if wrong else [])]
+    arguments = [problem_file(layout, folder, head_dim, geometry, heads), *([wrong] if wrong else [])]
     return cuda_host.run(executable, arguments, lazy=lazy)
 
 
@@ -129,6 +131,14 @@ def test_sanitizers_find_nothing(kind, head_dim, lazy, tmp_path):
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.full)])
 def test_sanitizers_find_nothing_on_hopper(kind, head_dim, lazy, tmp_path):
     assert sanitized(kind, head_dim, tmp_path, lazy=lazy, hopper=True) == "0 failures\nbank conflicts: 0\n"
+
+
+@pytest.mark.full
+def test_stages_are_used_again_within_a_tile_on_hopper(tmp_path):
+    """A stage that is given back before its products are done is a race; fewer steps would not show it."""
+    layout = spans([Image(510, 2)], isolated=True)
+    found = sanitized("tsan", 64, tmp_path, hopper=True, layout=layout, heads=(1, 1))
+    assert found == "0 failures\nbank conflicts: 0\n"
 
 
 @pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "hopper"])
