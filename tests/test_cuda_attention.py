@@ -181,8 +181,10 @@ def test_steps_that_end_at_the_edge_of_a_mask_on_hopper(hopper, voco):
     assert_case(spans([Image(9 if voco == 1 else 20, voco), Text(text)]), torch.float16, (1, 1))
 
 
-def test_the_last_row_of_a_step_is_the_first_reader_on_hopper(hopper):
+def test_the_last_row_of_a_step_is_the_first_to_see_a_key_on_hopper(hopper):
     assert_case(spans([Text(64), Image(62, 1), Text(1)], isolated=False), torch.float16, (1, 1))
+    # Of late rows, the 64th is that of the 65th key.
+    assert_case(spans([Text(1), *[Image(1, 1)] * 64, Image(9, 1), Text(2)], isolated=True), torch.float16, (1, 1))
 
 
 def test_copies_by_index_before_many_by_tma_on_hopper(hopper):
