@@ -266,12 +266,13 @@ class VocoLayout:
     def prepare(self) -> "VocoLayout":
         """Work out the tiles that GPU backends need, and return the layout itself.
 
-        Those of backend "cuda" on Hopper at head_dim 64 and 128, and of float32 at 256, are others: made at first use.
-
         Meant for a data loader: tiles travel with the layout through `to` and pickling, and the device has nothing left to
         do. Without it they are made at the layout's first use, on its device and without synchronising with it. Prepare a
         layout that several streams use before they part, and one that a CUDA graph uses before it is captured, unless the
         graph makes the layout itself; it must live as long as the graph.
+
+        Two plans of other tiles are still made at first use: of "cuda" on Hopper at head_dim 64 and 128, and of "triton" for
+        float32 at head_dims above 128.
         """
         from .planning import prepared_tiles
         from .tiles import Geometry

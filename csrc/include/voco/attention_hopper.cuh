@@ -29,8 +29,8 @@ struct Matrix {
   static constexpr int kTiles = kHeadDim / 64, kTileBytes = 64 * 128, kBytes = kTiles * kTileBytes;
 };
 
-// Two barriers of a place in shared memory: one says that it is full, the other that it is empty again. A place is used again
-// and again; `parity` is that of the use.
+// Two barriers of a place in shared memory: one says that it is full, the other that it is empty again. A place is used many
+// times; `parity` is that of the use.
 struct Gate {
   uint32_t full, empty;
   int parity;
@@ -49,8 +49,8 @@ struct Gate {
   }
 };
 
-// A block's shared memory. Steps and tiles are numbered through all that a block does. Beside its matrices, a step has a Step
-// and a part a Part: numbers, which the producer writes, too.
+// A block's shared memory. Steps and tiles are numbered through all that a block does. Beside its matrices, a step has a
+// Step and a part a Part: numbers, which the producer writes, too.
 template <int kHeadDim_, int kStages_, int kPartMatrices_, class Step_, class Part_>
 struct HopperBlock {
   using Step = Step_;
@@ -293,8 +293,40 @@ __device__ inline void produce_for_rows(const HopperArguments& all, const Block&
   producer.end();
 }
 
-// All of a consumer's work for row tiles. A State has 16 rows of a warp, and computes a step's scores while those of the step
-// before are multiplied and added up:
+// The rows of a lane, g and g + 8 of its warp's 16.
+struct LaneRows {
+  int rows[2], first;  // tokens; the first one of the warp
+  int head, count;     // of the part, from row g on
+
+  __device__ static int place(int half) { return threadIdx.x / 32 % 4 * 16 + lane_id() / 4 + 8 * half; }
+  __device__ void open(const RowPart& part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows[half] = part.tokens[place(half)];
+    first = part.tokens[place(0) / 16 * 16];
+    head = part.head;
+    count = part.count - place(0);
+  }
+  __device__ bool is_there(int half) const { return count > 8 * half; }
+
+  // A row does not see the keys behind it: what belongs to them becomes `hidden`.
+  __device__ void hide(float (&scores)[32], const int* keys, float hidden) const {
+    if (keys[kHopperStep - 1] <= first) return;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = keys[8 * n + lane_id() % 4 * 2 + i];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (key > rows[half]) scores[4 * n + 2 * half + i] = hidden;
+        }
+      }
+    }
+  }
+};
+
+// All of a consumer's work for row tiles. A State has 16 rows of a warp, and computes a step's scores while those of the
+// step before are multiplied and added up:
 //   open(args, part, matrices): takes in the rows; then the part may be overwritten
 //   start_scores(keys), wait_scores<in flight>(), weigh(tokens)
 //   round(values): what is left to do before the next step's scores may begin

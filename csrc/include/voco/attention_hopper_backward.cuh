@@ -29,24 +29,19 @@ struct HopperQueryState {
   float scores[32];
   uint32_t grad_scores[4][4];
   uint32_t queries[kHeadDim / 16][4], grads[kHeadDim / 16][4];
-  float lse[2], delta[2];  // of rows g and g + 8; lse in base 2
-  int rows[2], first_row;  // of the warp
-  int head, count;         // of the part, from this lane's row g on
+  float lse[2], delta[2];  // of the lane's rows; lse in base 2
+  LaneRows lane;
   float scale;
 
   __device__ void open(const Arguments& args, const RowPart& part, uint32_t matrix) {
-    const int of_warp = threadIdx.x / 32 % 4 * 16, of_lane = of_warp + lane_id() / 4;
     load_operand<kHeadDim>(queries, matrix);
     load_operand<kHeadDim>(grads, matrix + Matrix<kHeadDim>::kBytes);
-    first_row = part.tokens[of_warp];
-    head = part.head;
-    count = part.count - of_lane;
+    lane.open(part);
     scale = args.scale_log2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      rows[half] = part.tokens[of_lane + 8 * half];
-      lse[half] = part.lse[of_lane + 8 * half];
-      delta[half] = part.delta[of_lane + 8 * half];
+      lse[half] = part.lse[LaneRows::place(half)];
+      delta[half] = part.delta[LaneRows::place(half)];
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] = 0;
@@ -72,7 +67,7 @@ struct HopperQueryState {
   __device__ void weigh(const int* tokens) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) scores[i] = exp2_approx(fma_rn(scores[i], scale, -lse[i / 2 % 2]));
-    if (tokens[kHopperStep - 1] > first_row) hide(tokens);
+    lane.hide(scores, tokens, 0);
   }
 
   // Only now, since the operands of the sums before are no longer needed, there are registers for the gradients of weights.
@@ -90,24 +85,8 @@ struct HopperQueryState {
   __device__ void store(const Arguments& args) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      store_sums<T, kHeadDim>(row_of<T>(args.dq, rows[half], head), sums, half, args.scale, count > 8 * half);
-    }
-  }
-
- private:
-  // A row does not see the keys behind it.
-  __device__ void hide(const int* tokens) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = tokens[8 * n + lane_id() % 4 * 2 + i];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& weight = scores[4 * n + 2 * half + i];
-          weight = key <= rows[half] ? weight : 0;
-        }
-      }
+      T* row = row_of<T>(args.dq, lane.rows[half], lane.head);
+      store_sums<T, kHeadDim>(row, sums, half, args.scale, lane.is_there(half));
     }
   }
 };
@@ -140,7 +119,7 @@ int launch_hopper_query_gradient(const Arguments& args, int blocks, void* stream
 enum RowKind { kOwn, kLate, kReader };
 
 // Rows of a step. Where there is none, lse is infinite, so that its weights are 0.
-struct RowNumbers64 {
+struct HopperRowNumbers {
   int tokens[kHopperStep];
   float lse[kHopperStep], delta[kHopperStep];  // lse times -log2(e)
   RowKind kind;
@@ -153,7 +132,7 @@ struct KeyPart {
 };
 
 template <int kHeadDim>
-using HopperKeyGradient = HopperBlock<kHeadDim, 4, 2, RowNumbers64, KeyPart>;
+using HopperKeyGradient = HopperBlock<kHeadDim, 4, 2, HopperRowNumbers, KeyPart>;
 
 // The keys and values of a tile.
 template <class T, class Block>
@@ -214,7 +193,7 @@ __device__ inline void produce_for_keys(const HopperArguments& all, const Block&
       int upcoming = steps.token(0, lane);
       for (int i = 0; i < of_head; ++i, ++producer.step) {
         const Gate gate = block.gate(producer.step);
-        RowNumbers64& numbers = block.numbers(producer.step);
+        HopperRowNumbers& numbers = block.numbers(producer.step);
         gate.wait_empty();
         if (threadIdx.x < kHopperStep) {
           const bool is_row = upcoming != kAbsent;
@@ -244,7 +223,7 @@ struct HopperKeyState {
 
   // Of a step of rows. Which rows see a key: from low to before high; own rows do from the key on, late rows until the
   // segment ends, and readers from there.
-  __device__ void collect(uint32_t matrix, uint32_t queries, uint32_t grads, const RowNumbers64& numbers,
+  __device__ void collect(uint32_t matrix, uint32_t queries, uint32_t grads, const HopperRowNumbers& numbers,
                           const KeyPart& part) {
     const int *low = numbers.kind == kReader ? part.after : part.tokens, column = lane_id() % 4 * 2;
     const bool is_late = numbers.kind == kLate;
@@ -331,11 +310,11 @@ __device__ inline void consume_keys(const Arguments& args, const Block& block) {
     for (const int end = step + part.steps; step < end; ++step) {
       const Gate gate = block.gate(step);
       gate.wait_full();
-      const RowNumbers64& numbers = block.numbers(step);
-      const bool sees_all = numbers.kind == kReader ? numbers.tokens[kHopperStep - 1] >= part.after[0]
-                                                    : numbers.tokens[kHopperStep - 1] >= part.tokens[0];
-      const bool over = numbers.kind == kLate && numbers.tokens[0] >= part.after[kPart - 1];
-      if (part.count > 0 && sees_all && !over) {
+      const HopperRowNumbers& numbers = block.numbers(step);
+      // The rows of a step rise, and so do the keys of a part, and where their segments end.
+      const int low = numbers.kind == kReader ? part.after[0] : part.tokens[0];
+      const int high = numbers.kind == kLate ? part.after[kPart - 1] : kAbsent;
+      if (part.count > 0 && numbers.tokens[kHopperStep - 1] >= low && numbers.tokens[0] < high) {
         state.collect(matrix, block.first(step), block.second(step), numbers, part);
       }
       gate.release();

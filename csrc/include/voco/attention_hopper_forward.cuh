@@ -13,21 +13,16 @@ struct ForwardState {
   float scores[32];         // [kHopperStep / 8][4]
   uint32_t weights[4][4];
   uint32_t queries[kHeadDim / 16][4];
-  float sum[2], highest[2], shrink[2];  // rows g and g + 8; a lane's sum is of its own keys
-  int rows[2], first_row;               // of the warp
-  int head, count;                      // of the part, from this lane's row g on
+  float sum[2], highest[2], shrink[2];  // of the lane's rows; its sums are of its own keys
+  LaneRows lane;
   float scale;
 
   __device__ void open(const Arguments& args, const RowPart& part, uint32_t matrix) {
-    const int of_warp = threadIdx.x / 32 % 4 * 16, of_lane = of_warp + lane_id() / 4;
     load_operand<kHeadDim>(queries, matrix);
-    first_row = part.tokens[of_warp];
-    head = part.head;
-    count = part.count - of_lane;
+    lane.open(part);
     scale = args.scale_log2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      rows[half] = part.tokens[of_lane + 8 * half];
       sum[half] = 0;
       highest[half] = -kInfinity;
     }
@@ -54,7 +49,7 @@ struct ForwardState {
 
   // Scores become weights relative to the highest score so far; sums follow, out is left to round().
   __device__ void weigh(const int* tokens) {
-    if (tokens[kHopperStep - 1] > first_row) hide(tokens);
+    lane.hide(scores, tokens, -kInfinity);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = -kInfinity;
@@ -90,8 +85,8 @@ struct ForwardState {
   __device__ void store(const Arguments& args) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = rows[half];
-      const bool valid = count > 8 * half;
+      const int row = lane.rows[half], head = lane.head;
+      const bool valid = lane.is_there(half);
       float total = sum[half];
       total += shfl_xor(total, 1);
       total += shfl_xor(total, 2);
@@ -101,22 +96,6 @@ struct ForwardState {
       if (lane_id() % 4 == 0 && valid) {
         const float lse = total == 0 ? -kInfinity : (highest[half] + log2f(total)) * kLn2;
         args.lse[int64_t{head} * args.num_tokens + row] = lse;
-      }
-    }
-  }
-
- private:
-  // A row does not see the keys behind it.
-  __device__ void hide(const int* tokens) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = tokens[8 * n + lane_id() % 4 * 2 + i];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (key > rows[half]) scores[4 * n + 2 * half + i] = -kInfinity;
-        }
       }
     }
   }
